@@ -1,0 +1,1 @@
+"""TRUSTED: the program that runs inside the enclave, and the lock it puts on itself."""

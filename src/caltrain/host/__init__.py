@@ -1,0 +1,1 @@
+"""UNTRUSTED: the machine that launches the enclave, stores sealed bytes and trains the center."""

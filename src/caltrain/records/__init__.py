@@ -1,0 +1,1 @@
+"""Records: schema, canonical bytes, commitments, sealed shards, readers of public formats."""

@@ -1,0 +1,66 @@
+"""The errors that several readers raise, each code in one place, and the reading of a file of unknown size."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from caltrain.errors import DataError
+
+
+def not_found(what: str, *, step: str, fix: str = "Check the path.") -> DataError:
+    """A file or a folder that should be there is not."""
+    return DataError("reader.not-found", what, step=step, fix=fix)
+
+
+def malformed(what: str, *, step: str) -> DataError:
+    """Bytes that do not have the form that their name or their first bytes announce."""
+    fix = "Get the file again; if it was converted, write it again in the documented form."
+    return DataError("reader.malformed", what, step=step, fix=fix)
+
+
+def wrong_length(what: str, *, step: str) -> DataError:
+    """A header announces more, or less, than the file holds."""
+    fix = "The file was cut off or its header was changed: get it again."
+    return DataError("reader.length", what, step=step, fix=fix)
+
+
+def wrong_kind(what: str, *, step: str) -> DataError:
+    """Elements of a type that is not read: objects, floating point, 16-bit pictures."""
+    return DataError("reader.kind", what, step=step, fix="Store images as uint8 and labels as integers.")
+
+
+def too_large(what: str, *, step: str) -> DataError:
+    """A size over the bounds of `caltrain.records.readers.bounds`, announced or real."""
+    return DataError("reader.too-large", what, step=step, fix="Use fewer or smaller images.")
+
+
+def column_or_array_missing(what: str, *, step: str, fix: str) -> DataError:
+    """A container without the array, column or member that the format needs."""
+    return DataError("reader.missing-part", what, step=step, fix=fix)
+
+
+@contextmanager
+def readable(path: Path, *, step: str) -> Iterator[None]:
+    """Turn what the operating system says about `path` into an error of ours."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise not_found(f"{path} does not exist", step=step) from error
+    except OSError as error:
+        raise DataError(
+            "reader.unreadable",
+            f"{path} cannot be read: {error.strerror or error}",
+            step=step,
+            fix="Check that it is a regular file or a folder that you may read.",
+        ) from error
+
+
+def read_bounded(path: Path, limit: int, *, step: str) -> bytes:
+    """All bytes of a file of at most `limit` bytes. Raises DataError."""
+    with readable(path, step=step), path.open("rb") as file:
+        raw = file.read(limit + 1)
+    if len(raw) > limit:
+        raise too_large(f"{path} has more than {limit} bytes", step=step)
+    return raw
