@@ -12,6 +12,7 @@ from __future__ import annotations
 import ctypes
 import os
 import resource
+import sys
 import sysconfig
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,7 +25,6 @@ from caltrain.errors import EnvironmentFault
 
 _PR_GET_DUMPABLE: Final = 3
 _PR_SET_DUMPABLE: Final = 4
-_PR_GET_SECCOMP: Final = 21
 _PR_SET_NO_NEW_PRIVS: Final = 38
 _PR_GET_NO_NEW_PRIVS: Final = 39
 _STANDARD_FDS: Final = frozenset({0, 1, 2})
@@ -96,15 +96,13 @@ def _check_one_thread() -> None:
 
 def _check_open(fds: Sequence[int]) -> None:
     for fd in fds:
-        try:
-            os.fstat(fd)
-        except OSError as error:
+        if not _is_open(fd):
             raise EnvironmentFault(
                 "sandbox.descriptor-not-open",
                 f"descriptor {fd}, which should be kept, is not open",
                 step="lock down the enclave",
                 fix="The launcher must pass the channel's descriptors to the enclave (pass_fds).",
-            ) from error
+            )
 
 
 def _no_new_privileges() -> Measure:
@@ -128,18 +126,11 @@ def _not_dumpable() -> Measure:
 
 
 def _close_others(keep_fds: Sequence[int]) -> Measure:
-    keep = _STANDARD_FDS.union(keep_fds)
-    closed = 0
-    for fd in map(int, _listed("/proc/self/fd")):
-        if fd not in keep:
-            try:
-                os.close(fd)
-                closed += 1
-            except OSError:  # the listing's own descriptor, gone by now
-                continue
-    left = sorted(int(fd) for fd in _listed("/proc/self/fd") if int(fd) not in keep and _is_open(int(fd)))
-    _expect("descriptors-closed", len(left), 0)
-    return Measure("descriptors-closed", "on", f"closed {closed}, kept {sorted(set(keep_fds))} beside 0, 1, 2")
+    others = _open_fds() - _STANDARD_FDS.union(keep_fds)
+    for fd in others:
+        os.close(fd)
+    _expect("descriptors-closed", len(_open_fds() - _STANDARD_FDS.union(keep_fds)), 0)
+    return Measure("descriptors-closed", "on", f"closed {len(others)}, kept {sorted(keep_fds)} beside 0, 1 and 2")
 
 
 def _landlock() -> tuple[Measure, ...]:
@@ -152,23 +143,27 @@ def _landlock() -> tuple[Measure, ...]:
         landlock.restrict(abi, readable=readable_paths())
     except OSError as error:
         raise _failed("landlock", error) from error
-    too_old = f"the kernel's ABI {abi} does not offer it"
-    network = ("on", "no TCP bind or connect") if landlock.holds_network(abi) else ("unavailable", too_old)
-    scope = ("on", "no signal outward") if landlock.holds_scopes(abi) else ("unavailable", too_old)
     return (
         Measure(names[0], "on", f"ABI {abi}: no writing, no execution; reading under Python's own paths"),
-        Measure(names[1], *network),
-        Measure(names[2], *scope),
+        _since_abi(names[1], landlock.holds_network(abi), "no TCP bind or connect", abi),
+        _since_abi(names[2], landlock.holds_scopes(abi), "no signal or abstract socket leads out", abi),
     )
+
+
+def _since_abi(name: str, offered: bool, detail: str, abi: int) -> Measure:
+    if offered:
+        return Measure(name, "on", detail)
+    return Measure(name, "unavailable", f"ABI {abi} of this kernel does not offer it")
 
 
 def _prepare_seccomp() -> tuple[Any, Measure]:
     """The filter to load last, or None, and what to report about it."""
     try:
         rules = syscalls.build_filter()
-        _prctl("seccomp", _PR_GET_SECCOMP)
-    except (ImportError, RuntimeError) as error:  # RuntimeError: no libseccomp; its subclass: not this machine
-        return None, Measure("seccomp", "unavailable", f"{error}; install the extra 'sandbox' and libseccomp2")
+    except ImportError as error:
+        return None, Measure("seccomp", "unavailable", f"{error}; install the extra 'sandbox'")
+    except RuntimeError as error:  # no libseccomp; NotImplementedError, its subclass: no filter for this machine
+        return None, Measure("seccomp", "unavailable", str(error))
     except OSError as error:
         raise _failed("seccomp", error) from error
     return rules, Measure("seccomp", "on", f"allow-list of {syscalls.ALLOWED_COUNT} system calls")
@@ -189,9 +184,22 @@ def _expect(measure: str, found: int, wanted: int) -> None:
         raise _failed(measure, ValueError(f"it reads {found} afterwards, not {wanted}"))
 
 
+def _open_fds() -> set[int]:
+    # The listing holds its own descriptor, which is closed by the time it is read.
+    return {fd for fd in map(int, _listed("/proc/self/fd")) if _is_open(fd)}
+
+
+def _is_open(fd: int) -> bool:
+    try:
+        os.fstat(fd)
+    except OSError:
+        return False
+    return True
+
+
 def _listed(folder: str) -> list[str]:
     try:
-        return os.listdir(folder)
+        return [entry.name for entry in Path(folder).iterdir()]
     except OSError as error:
         raise _failed("the list of threads and descriptors in /proc", error) from error
 
@@ -201,5 +209,11 @@ def _failed(measure: str, error: Exception) -> EnvironmentFault:
         "sandbox.measure-failed",
         f"{measure}: {error}",
         step="lock down the enclave",
-        fix="The kernel offers this measure and refused it; run `caltrain doctor` and look at its container's limits.",
+        fix="The kernel offers this and refused it: run `caltrain doctor`, look at the container's limits.",
     )
+
+
+if __name__ == "__main__":
+    from caltrain.enclave import escapes
+
+    sys.exit(escapes.main(sys.argv[1:]))

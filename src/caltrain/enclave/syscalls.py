@@ -23,7 +23,7 @@ from typing import Any, Final
 
 _MACHINES: Final = frozenset({"x86_64", "aarch64"})  # where the first argument of clone holds its flags
 _CLONE_THREAD: Final = 0x0001_0000
-_PRCTL_ALLOWED: Final = (3, 15, 16, 21, 39, 0x53564D41)  # get dumpable, set/get name, get seccomp/nnp, name a map
+_PRCTL_ALLOWED: Final = (3, 15, 16, 21, 23, 39, 0x5356_4D41)  # get/set of what changes nothing
 _PR_SET_DUMPABLE: Final = 4
 _FIOCLEX: Final = 0x5451
 _IOCTL_ALLOWED: Final = (termios.FIONBIO, termios.FIONREAD, termios.TCGETS, termios.TIOCGWINSZ, _FIOCLEX)
@@ -54,6 +54,8 @@ _ALLOWED: Final = (
     *("getsid", "getresuid", "getresgid", "capget", "uname", "sysinfo", "getrusage", "getrlimit", "times"),
     *("getrandom", "gettimeofday", "time", "clock_gettime", "clock_getres", "clock_nanosleep", "nanosleep"),
 )
+
+ALLOWED_COUNT: Final = len(_ALLOWED)
 
 _REFUSED: Final = (
     # network; a socket pair has a rule below

@@ -117,9 +117,7 @@ def _next_shape(index: int, layer: Layer, shape: Shape) -> Shape:
     padding = layer.padding if isinstance(layer, Conv) else 0
     out = tuple(_window(size, layer.kernel, layer.stride, padding) for size in (height, width))
     if min(out) < 1:
-        raise _refuse(
-            "model.shape", f"layer {index}: a window of {layer.kernel} does not fit into {height}x{width}"
-        )
+        raise _refuse("model.shape", f"layer {index}: a window of {layer.kernel} does not fit into {height}x{width}")
     return (layer.filters if isinstance(layer, Conv) else channels, *out)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from caltrain.records.readers.faults import too_large, wrong_kind
+from caltrain.records.readers.faults import too_large, wrong_shape
 
 MAX_RECORDS = 2_000_000
 MAX_ARRAY_BYTES = 2 << 30  # of one array of images or labels, decoded
@@ -24,5 +24,5 @@ def check_room(shape: tuple[int, ...], *, itemsize: int, what: str, step: str) -
     if records > MAX_RECORDS or any(side > MAX_SIDE for side in sides) or size > MAX_ARRAY_BYTES:
         raise too_large(f"{what} would be {shape}, {size} bytes", step=step)
     if any(side < 1 for side in sides):
-        raise wrong_kind(f"{what} would be {shape}: pictures without pixels", step=step)
+        raise wrong_shape(f"{what} would be {shape}: pictures without pixels", step=step)
     return size

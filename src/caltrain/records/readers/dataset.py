@@ -10,12 +10,11 @@ from numpy.typing import NDArray
 
 from caltrain.errors import DataError
 from caltrain.records.readers import bounds
-from caltrain.records.readers.faults import too_large, wrong_kind
+from caltrain.records.readers.faults import empty, too_large, wrong_kind, wrong_shape
 
 _STEP = "check records"
 # What a plan's schema can carry as a class name; refused here, where the file can still be named.
 _CLASS_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ._/-]{0,59}")
-_FIX_ARRAYS = "Give one integer label to each image; images are (N, C, H, W) in row-major uint8."
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,10 +99,9 @@ def _check_arrays(images: NDArray[np.uint8], labels: NDArray[np.int64]) -> None:
         raise wrong_kind(f"images are {images.dtype}, labels {labels.dtype}", step=_STEP)
     fits = images.ndim == 4 and labels.shape == images.shape[:1] and images.flags.c_contiguous
     if not fits:
-        what = f"images {images.shape} and labels {labels.shape} do not belong together"
-        raise DataError("reader.shape", what, step=_STEP, fix=_FIX_ARRAYS)
+        raise wrong_shape(f"images {images.shape} and labels {labels.shape} do not fit together", step=_STEP)
     if not len(images):
-        raise DataError("reader.empty", "there is no record", step=_STEP, fix="Give at least one image.")
+        raise empty("a data set has no record", step=_STEP)
     bounds.check_room(images.shape, itemsize=1, what="images", step=_STEP)
 
 

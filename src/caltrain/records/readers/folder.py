@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterator
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +15,7 @@ from numpy.typing import NDArray
 from caltrain.errors import DataError
 from caltrain.records.readers import bounds
 from caltrain.records.readers.dataset import Split, build_split
-from caltrain.records.readers.faults import not_found, read_bounded, readable, too_large
+from caltrain.records.readers.faults import class_names_differ, not_found, read_bounded, readable, too_large
 from caltrain.records.readers.pictures import decode_images
 
 _STEP = "read image folder"
@@ -23,7 +25,7 @@ _TEST_SHARE = 5  # without test/, one picture of five of each class is kept for 
 Files = list[tuple[str, Path]]  # (class, picture), sorted
 
 
-def read_folder(root: Path, *, class_names: tuple[str, ...] | None = None) -> Split:
+def read_folder(root: Path) -> Split:
     """Read JPEG and PNG pictures; a class is called what its folder is called, numbered in sorted order.
 
     Without `train/` and `test/`, the split goes by a hash of class and file name: it is the same on every
@@ -34,7 +36,11 @@ def read_folder(root: Path, *, class_names: tuple[str, ...] | None = None) -> Sp
         train, test = (_pictures(root / part) for part in ("train", "test"))
     else:
         train, test = _split(_pictures(root))
-    names = class_names or tuple(sorted({name for name, _ in train + test}))
+    names = tuple(sorted({name for name, _ in train}))
+    strange = {name for name, _ in test} - set(names)
+    if strange:
+        what = f"{root}: classes to test that are not trained: {sorted(strange)[:5]}"
+        raise class_names_differ(what, step=_STEP)
     return build_split(_read(train, names), _read(test, names), class_names=names)
 
 
@@ -87,14 +93,14 @@ def _class_files(folder: Path) -> Iterator[Path]:
 def _split(files: Files) -> tuple[Files, Files]:
     """One of `_TEST_SHARE` of each class, at least one where a class has two, by the hash of its name."""
     test: set[Path] = set()
-    for name in sorted({name for name, _ in files}):
-        paths = sorted((path for cls, path in files if cls == name), key=lambda path: _hash(name, path))
+    for _, group in groupby(files, key=itemgetter(0)):
+        paths = [path for _, path in sorted(group, key=_hash)]
         test.update(paths[: max(len(paths) // _TEST_SHARE, min(1, len(paths) - 1))])
     return [f for f in files if f[1] not in test], [f for f in files if f[1] in test]
 
 
-def _hash(class_name: str, path: Path) -> bytes:
-    return hashlib.sha256(os.fsencode(f"{class_name}/{path.name}")).digest()
+def _hash(file: tuple[str, Path]) -> bytes:
+    return hashlib.sha256(os.fsencode(f"{file[0]}/{file[1].name}")).digest()
 
 
 def _read(files: Files, names: tuple[str, ...]) -> tuple[NDArray[np.uint8], NDArray[np.generic]]:

@@ -8,6 +8,7 @@ Format: numpy.lib.format, versions 1 to 3.
 from __future__ import annotations
 
 import re
+import struct
 import zipfile
 import zlib
 from pathlib import Path
@@ -16,16 +17,16 @@ from typing import IO
 import numpy as np
 from numpy.typing import NDArray
 
-from caltrain.errors import DataError
 from caltrain.records.readers import bounds
 from caltrain.records.readers.dataset import Split, build_split
 from caltrain.records.readers.faults import (
-    column_or_array_missing,
     malformed,
+    missing_part,
     readable,
     too_large,
     wrong_kind,
     wrong_length,
+    wrong_shape,
 )
 
 _STEP = "read npz"
@@ -34,6 +35,7 @@ _KEYS = (
     ("train_images", "train_labels", "test_images", "test_labels"),  # MedMNIST; its val_* are not read
 )
 _MAX_HEADER = 4096
+_ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, NotImplementedError, ValueError)
 _HEADER = re.compile(
     rb"\{\s*'descr':\s*'([^']{1,16})',\s*'fortran_order':\s*(True|False),"
     rb"\s*'shape':\s*\(((?:\d{1,18},\s*)*(?:\d{1,18},?)?)\s*\),?\s*\}\s*"
@@ -52,7 +54,7 @@ def read_npz(path: Path, *, class_names: tuple[str, ...] | None = None) -> Split
             with zipfile.ZipFile(file) as archive:
                 members = _members(archive, path)
                 arrays = [_array(archive, members[key], path) for key in _keys(members, path)]
-        except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, ValueError) as error:
+        except _ZIP_ERRORS as error:
             raise malformed(f"{path} is not a sound zip archive: {error}", step=_STEP) from error
     x_train, y_train, x_test, y_test = arrays
     return build_split(
@@ -75,7 +77,7 @@ def _keys(members: dict[str, zipfile.ZipInfo], path: Path) -> tuple[str, ...]:
         if all(key in members for key in keys):
             return keys
     choices = " or ".join(", ".join(keys) for keys in _KEYS)
-    raise column_or_array_missing(
+    raise missing_part(
         f"{path} holds {sorted(members)[:12]}", step=_STEP, fix=f"Save the arrays under the names {choices}."
     )
 
@@ -126,10 +128,5 @@ def _channels_first(images: NDArray[np.generic], path: Path) -> NDArray[np.uint8
     if images.ndim == 3:
         images = images[:, :, :, np.newaxis]
     if images.ndim != 4 or images.shape[3] not in {1, 3, 4}:
-        raise DataError(
-            "reader.image-axes",
-            f"images of {path} have the shape {images.shape}",
-            step=_STEP,
-            fix="Save images as (N, height, width) or (N, height, width, channels) with 1, 3 or 4 channels.",
-        )
+        raise wrong_shape(f"images of {path} have the shape {images.shape}", step=_STEP)
     return np.ascontiguousarray(images.transpose(0, 3, 1, 2)).astype(np.uint8, copy=False)

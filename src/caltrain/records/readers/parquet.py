@@ -13,12 +13,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from caltrain.errors import ConfigError, DataError
+from caltrain.errors import ConfigError
 from caltrain.records.readers import bounds
 from caltrain.records.readers.dataset import Split, build_split
 from caltrain.records.readers.faults import (
-    column_or_array_missing,
+    class_names_differ,
     malformed,
+    missing_part,
     not_found,
     readable,
     too_large,
@@ -81,7 +82,9 @@ def _arrow_errors(pyarrow: Any, folder: Path) -> Iterator[None]:
     with readable(folder, step=_STEP):
         try:
             yield
-        except pyarrow.ArrowException as error:
+        except (pyarrow.ArrowException, OSError) as error:
+            if getattr(error, "errno", None):  # a real one; Arrow reports corrupt pages as OSError without
+                raise
             raise malformed(f"{folder} holds no sound Parquet: {str(error)[:300]}", step=_STEP) from error
 
 
@@ -123,7 +126,7 @@ def _column(schema: Any, names: tuple[str, ...], path: Path) -> str:
     found = [name for name in names if schema.get_field_index(name) >= 0]
     if len(found) != 1:
         what = f"{path} has the columns {schema.names[:12]}"
-        raise column_or_array_missing(what, step=_STEP, fix=f"Exactly one must be called {' or '.join(names)}.")
+        raise missing_part(what, step=_STEP, fix=f"Exactly one must be called {' or '.join(names)}.")
     return found[0]
 
 
@@ -143,12 +146,8 @@ def _one_naming(
     """The class names that all files, and the caller, agree on."""
     namings = {names for names in (*stated, given) if names is not None}
     if len(namings) > 1:
-        raise DataError(
-            "reader.class-names-differ",
-            f"{folder}: the files name {len(namings)} different lists of classes, or not the known one",
-            step=_STEP,
-            fix="Use files of one data set, with the classes in one order.",
-        )
+        what = f"{folder}: the files name different classes, or not those of the set that was asked for"
+        raise class_names_differ(what, step=_STEP)
     return next(iter(namings), None)
 
 

@@ -14,7 +14,7 @@ from PIL import Image
 
 from caltrain.errors import DataError
 from caltrain.records.readers import bounds
-from caltrain.records.readers.faults import too_large, wrong_kind, wrong_length
+from caltrain.records.readers.faults import empty, too_large, wrong_kind, wrong_length
 
 _STEP = "decode image"
 _FORMATS = ("JPEG", "PNG")
@@ -32,6 +32,8 @@ def decode_images(blobs: Iterable[tuple[str, bytes]], count: int) -> NDArray[np.
     Returns (count, C, H, W) with C = 1 for grey and 3 for colour; the first picture sets the shape.
     Raises DataError.
     """
+    if not count:
+        raise empty("there are no images", step=_STEP)
     images: NDArray[np.uint8] | None = None
     done = 0
     for name, blob in blobs:

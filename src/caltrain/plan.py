@@ -1,0 +1,243 @@
+"""The training plan, its approvals and the run manifest: what every party signs.
+
+A plan is written as TOML by people and digested as a structure: defaults filled in, unknown keys refused, canonical
+JSON (RFC 8785). Needs no torch.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections import Counter
+from collections.abc import Iterable
+from typing import Annotated, Literal, TypeVar
+
+import msgspec
+
+from caltrain.crypto import dsse
+from caltrain.crypto.digests import Digest, canonical_json, digest
+from caltrain.crypto.hpke import HpkePublicKey
+from caltrain.errors import AccessError, ConfigError, IntegrityError
+from caltrain.models.spec import ModelSpec, Partition, check_model
+from caltrain.records.commitment import PartyName, ShardId
+from caltrain.records.schema import DataSchema, check_schema
+from caltrain.training.spec import TrainingSpec
+
+MAX_PLAN_BYTES = 1 << 20
+MAX_PARTIES = 256
+MAX_SHARDS = 4096
+
+Measurement = Annotated[str, msgspec.Meta(pattern=r"^sha384:[0-9a-f]{96}$")]
+Right = Literal["predict", "trace"]
+T = TypeVar("T")
+
+
+class Party(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A contributor: its name in every record reference, its signing key, the least it must contribute."""
+
+    name: PartyName
+    public_key: dsse.PublicKey
+    min_records: Annotated[int, msgspec.Meta(ge=1)] = 1
+
+
+class User(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A model user: what they may ask of the enclave, and how often (one input is one question)."""
+
+    name: PartyName
+    public_key: dsse.PublicKey
+    may: Annotated[tuple[Right, ...], msgspec.Meta(min_length=1, max_length=2)]
+    budget: Annotated[int, msgspec.Meta(ge=1, le=1_000_000_000)]
+
+
+class EnclaveSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The program that the parties trust, by measurement."""
+
+    measurement: Measurement
+
+
+class TraceSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What a trace answers: neighbours, and the step to which distances are rounded."""
+
+    neighbours: Annotated[int, msgspec.Meta(ge=1, le=100)] = 9
+    distance_step: Annotated[float, msgspec.Meta(ge=0.001, le=1)] = 0.01
+    suspicion_neighbours: Annotated[int, msgspec.Meta(ge=1, le=100)] = 20
+
+
+class ReleaseSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What leaves after the run. `reveal_seed` seals the run seed to the parties: they can then repeat the run."""
+
+    reveal_seed: bool = False
+
+
+class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Everything that the parties agree on before a run."""
+
+    version: Literal[1]
+    name: Annotated[str, msgspec.Meta(min_length=1, max_length=100)]
+    model: ModelSpec
+    partition: Partition
+    data: DataSchema
+    training: TrainingSpec
+    parties: Annotated[tuple[Party, ...], msgspec.Meta(min_length=1, max_length=MAX_PARTIES)]
+    users: Annotated[tuple[User, ...], msgspec.Meta(max_length=MAX_PARTIES)] = ()
+    enclave: EnclaveSpec
+    trace: TraceSpec = TraceSpec()
+    release: ReleaseSpec = ReleaseSpec()
+
+    def digest(self) -> str:
+        """Digest of the parsed structure, never of the TOML text."""
+        return digest("plan/v1", canonical_json(self))
+
+    def party(self, name: str) -> Party:
+        """The party of that name. Raises AccessError `party.unknown`."""
+        return _named(self.parties, name, "party")
+
+    def user(self, name: str) -> User:
+        """The model user of that name. Raises AccessError `user.unknown`."""
+        return _named(self.users, name, "user")
+
+
+class PlanApproval(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A party's signature over a plan's digest (the first approval)."""
+
+    plan: Digest
+    party: PartyName
+
+
+class ManifestShard(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """One shard that will be trained on."""
+
+    shard: ShardId
+    root: Digest
+    records: Annotated[int, msgspec.Meta(ge=1)]
+
+
+class ManifestParty(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A party's key and its shards, in the order in which their records are counted."""
+
+    name: PartyName
+    key_id: Digest
+    shards: Annotated[tuple[ManifestShard, ...], msgspec.Meta(min_length=1, max_length=MAX_SHARDS)]
+
+
+class RunManifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What the enclave signs once all keys are in, and every party countersigns (the second approval)."""
+
+    version: Literal[1] = 1
+    run: ShardId
+    plan: Digest
+    evidence_kind: Annotated[str, msgspec.Meta(max_length=40)]
+    simulated: bool
+    measurement: Measurement
+    enclave_encryption_key: HpkePublicKey
+    enclave_signing_key: dsse.PublicKey
+    parties: Annotated[tuple[ManifestParty, ...], msgspec.Meta(min_length=1, max_length=MAX_PARTIES)]
+
+    def digest(self) -> str:
+        """Digest that the parties countersign."""
+        return digest("run-manifest/v1", canonical_json(self))
+
+    def records(self) -> int:
+        """Number of records over all parties."""
+        return sum(shard.records for party in self.parties for shard in party.shards)
+
+
+class ManifestApproval(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A party's countersignature over a run manifest."""
+
+    manifest: Digest
+    party: PartyName
+
+
+def parse_plan(text: bytes) -> Plan:
+    """Parse and check a plan from TOML. Raises ConfigError; the plan is usable as returned."""
+    return check_plan(parse_toml(text, Plan, what="plan"))
+
+
+def plan_from_json(raw: bytes) -> Plan:
+    """The plan from JSON, checked like one from TOML: how it crosses a wire."""
+    try:
+        if len(raw) > MAX_PLAN_BYTES:
+            raise msgspec.ValidationError("longer than the limit")
+        return check_plan(msgspec.json.decode(raw, type=Plan))
+    except msgspec.MsgspecError as error:
+        raise _invalid("plan", error) from None
+
+
+def parse_toml(text: bytes, type_: type[T], *, what: str) -> T:
+    """Decode TOML of at most 1 MiB into a Struct; unknown keys and bad values are ConfigErrors."""
+    try:
+        if len(text) > MAX_PLAN_BYTES:
+            raise msgspec.ValidationError("longer than the limit")
+        return msgspec.convert(tomllib.loads(text.decode()), type=type_)
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"{what}.not-toml", f"the {what} is not TOML: {error}", step=f"read {what}", fix="Correct the file."
+        ) from None
+    except msgspec.ValidationError as error:
+        raise _invalid(what, error) from None
+
+
+def _invalid(what: str, error: msgspec.MsgspecError) -> ConfigError:
+    unknown = "unknown field" in str(error)
+    return ConfigError(
+        f"{what}.unknown-key" if unknown else f"{what}.invalid",
+        f"the {what} was refused: {error}",
+        step=f"read {what}",
+        fix="Remove or rename the key." if unknown else "Correct the value; docs/plan.md lists each one.",
+    )
+
+
+def check_plan(plan: Plan) -> Plan:
+    """Check what types cannot: names, keys, model against data. Returns the plan or raises ConfigError/DataError."""
+    check_schema(plan.data)
+    check_model(plan.model, plan.partition, input_shape=plan.data.shape, classes=len(plan.data.classes))
+    people: list[Party | User] = [*plan.parties, *plan.users]
+    for kind, values in (("name", [p.name for p in people]), ("public_key", [p.public_key for p in people])):
+        repeated = [value for value, count in Counter(values).items() if count > 1]
+        if repeated:
+            raise ConfigError(
+                "plan.duplicate",
+                f"two parties or users have the same {kind}: {repeated[0]}",
+                step="check plan",
+                fix="Give every party and user a name and a key of its own.",
+            )
+    return plan
+
+
+def _named(entries: Iterable[T], name: str, kind: Literal["party", "user"]) -> T:
+    for entry in entries:
+        if getattr(entry, "name", None) == name:
+            return entry
+    raise AccessError(
+        f"{kind}.unknown",
+        f"the plan names no {kind} {name[:60]!r}",
+        step=f"look up {kind}",
+        fix="Use the name that the plan gives, or have the plan changed and approved again.",
+    )
+
+
+def check_approval(plan: Plan, party: str, envelope: dsse.Envelope) -> PlanApproval:
+    """Verify that `party` approved this very plan. Raises AccessError or IntegrityError."""
+    key = plan.party(party).public_key
+    approval = dsse.open_envelope(envelope, "plan-approval", key, PlanApproval, step="check approval")
+    if approval != PlanApproval(plan=plan.digest(), party=party):
+        raise _other("plan", party)
+    return approval
+
+
+def check_countersignature(plan: Plan, manifest: RunManifest, party: str, envelope: dsse.Envelope) -> ManifestApproval:
+    """Verify that `party` countersigned this very manifest. Raises AccessError or IntegrityError."""
+    key = plan.party(party).public_key
+    approval = dsse.open_envelope(envelope, "manifest-approval", key, ManifestApproval, step="check countersignature")
+    if approval != ManifestApproval(manifest=manifest.digest(), party=party):
+        raise _other("manifest", party)
+    return approval
+
+
+def _other(what: Literal["plan", "manifest"], party: str) -> IntegrityError:
+    return IntegrityError(
+        f"approval.other-{what}",
+        f"{party} signed another {what}, or in another name",
+        step=f"check approval of {what}",
+        fix=f"Have {party} read this {what} and sign it.",
+    )
