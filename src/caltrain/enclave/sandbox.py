@@ -58,6 +58,8 @@ class SandboxReport(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 def lock_down(*, keep_fds: Sequence[int]) -> SandboxReport:
     """Lock this process, for good: call it once, with one thread running and all imports done.
 
+    Imports include those that a library puts off: the first optimiser of torch imports `torch._dynamo`, which looks
+    for a folder to write in and would fail behind the lock.
     `keep_fds` (the channel, the ring) stay open beside 0, 1 and 2. A measure that this kernel or installation
     does not offer is reported as unavailable. Raises EnvironmentFault: `sandbox.threads-running`,
     `sandbox.descriptor-not-open`, `sandbox.measure-failed` (offered, and yet it did not hold). After an error

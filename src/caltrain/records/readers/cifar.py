@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from caltrain.records.readers import bounds
 from caltrain.records.readers.dataset import Split, build_split
-from caltrain.records.readers.faults import malformed, missing_part, readable, too_large, wrong_length
+from caltrain.records.readers.faults import malformed, missing_part, too_large, wrong_length
+from caltrain.records.readers.files import readable
 
 _STEP = "read CIFAR archive"
 _FOLDER = "cifar-10-batches-bin"

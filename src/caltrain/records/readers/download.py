@@ -153,7 +153,7 @@ def _stream(session: httpx.Client, remote: Remote, file: IO[bytes]) -> None:
     except httpx.HTTPError as error:
         raise EnvironmentFault(
             "download.unreachable",
-            f"{remote.url} could not be read: {error or type(error).__name__}",
+            f"{remote.url} could not be read: {type(error).__name__}: {error}",
             step=_STEP,
             fix=_FIX_BY_HAND,
         ) from error

@@ -1,10 +1,6 @@
-"""The errors that several readers raise, each code in one place, and the reading of a file of unknown size."""
+"""The errors that several readers raise, each code in one place."""
 
 from __future__ import annotations
-
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 
 from caltrain.errors import DataError
 
@@ -56,28 +52,3 @@ def class_names_differ(what: str, *, step: str) -> DataError:
     """Parts of one data set that do not agree on what its classes are."""
     fix = "Use parts of one data set, with the same classes in the same order."
     return DataError("reader.class-names-differ", what, step=step, fix=fix)
-
-
-@contextmanager
-def readable(path: Path, *, step: str) -> Iterator[None]:
-    """Turn what the operating system says about `path` into an error of ours."""
-    try:
-        yield
-    except FileNotFoundError as error:
-        raise not_found(f"{path} does not exist", step=step) from error
-    except OSError as error:
-        raise DataError(
-            "reader.unreadable",
-            f"{path} cannot be read: {error.strerror or error}",
-            step=step,
-            fix="Check that it is a regular file or a folder that you may read.",
-        ) from error
-
-
-def read_bounded(path: Path, limit: int, *, step: str) -> bytes:
-    """All bytes of a file of at most `limit` bytes. Raises DataError."""
-    with readable(path, step=step), path.open("rb") as file:
-        raw = file.read(limit + 1)
-    if len(raw) > limit:
-        raise too_large(f"{path} has more than {limit} bytes", step=step)
-    return raw

@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from caltrain.errors import DataError
 from caltrain.records.readers import bounds
 from caltrain.records.readers.dataset import Split, build_split
-from caltrain.records.readers.faults import class_names_differ, not_found, read_bounded, readable, too_large
+from caltrain.records.readers.faults import class_names_differ, not_found, too_large
+from caltrain.records.readers.files import read_bounded, readable
 from caltrain.records.readers.pictures import decode_images
 
 _STEP = "read image folder"

@@ -10,14 +10,14 @@ import gzip
 import struct
 import zlib
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 from numpy.typing import NDArray
 
 from caltrain.records.readers import bounds
 from caltrain.records.readers.dataset import Split, build_split
-from caltrain.records.readers.faults import malformed, not_found, readable, wrong_length
+from caltrain.records.readers.faults import malformed, not_found, wrong_length
+from caltrain.records.readers.files import Stream, read_up_to, readable
 
 _STEP = "read idx"
 IDX_NAMES = (
@@ -52,19 +52,19 @@ def _part(folder: Path, name: str) -> NDArray[np.uint8]:
         raise not_found(f"{folder} has no {name} and no {name}.gz", step=_STEP)
     with readable(path, step=_STEP), path.open("rb") as file:
         try:
-            stream: IO[bytes] = gzip.GzipFile(fileobj=file) if path.suffix == ".gz" else file
+            stream: Stream = gzip.GzipFile(fileobj=file) if path.suffix == ".gz" else file
             return _array(stream, dimensions=3 if "idx3" in name else 1, path=path)
         except (gzip.BadGzipFile, zlib.error, EOFError) as error:
             raise malformed(f"{path} is not a whole gzip file: {error}", step=_STEP) from error
 
 
-def _array(stream: IO[bytes], *, dimensions: int, path: Path) -> NDArray[np.uint8]:
+def _array(stream: Stream, *, dimensions: int, path: Path) -> NDArray[np.uint8]:
     head = stream.read(4 + 4 * dimensions)
     if len(head) != 4 + 4 * dimensions or head[:4] != bytes((0, 0, 8, dimensions)):
         raise malformed(f"{path} does not begin as idx with {dimensions} dimension(s) of bytes", step=_STEP)
     shape = struct.unpack_from(f">{dimensions}I", head, 4)
     size = bounds.check_room(shape, itemsize=1, what=str(path), step=_STEP)
-    data = stream.read(size + 1)  # one more than announced: no decompression bomb gets further
+    data = read_up_to(stream, size + 1)  # one more than announced: no decompression bomb gets further
     if len(data) != size:
         held = f"only {len(data)}" if len(data) < size else "more"
         raise wrong_length(f"{path} announces {size} bytes and holds {held}", step=_STEP)

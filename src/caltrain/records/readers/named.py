@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     import httpx
 
 _STEP = "find data set"
-_CIFAR_ARCHIVE = "cifar-10-binary.tar.gz"
 _FORMS = (
     "an .npz file, cifar-10-binary.tar.gz, a folder with the four idx files, "
     "a folder with train and test .parquet, or a folder with pictures in one folder per class"
@@ -38,12 +37,13 @@ class _Known:
 
     shape: tuple[int, int, int]
     class_names: tuple[str, ...]
+    files: tuple[str, ...]
 
 
 _KNOWN = {
-    "mnist": _Known((1, 28, 28), tuple("0123456789")),
-    "cifar10": _Known((3, 32, 32), CIFAR10_CLASSES),
-    "pneumoniamnist": _Known((1, 28, 28), ("normal", "pneumonia")),
+    "mnist": _Known((1, 28, 28), tuple("0123456789"), ("mnist.npz",)),
+    "cifar10": _Known((3, 32, 32), CIFAR10_CLASSES, ("cifar-10-binary.tar.gz",)),
+    "pneumoniamnist": _Known((1, 28, 28), ("normal", "pneumonia"), ("pneumoniamnist.npz",)),
 }
 NAMES = ("digits", *_KNOWN, "folder")
 
@@ -119,8 +119,8 @@ def _locate(name: str, data_dir: Path | None, *, download: bool, client: httpx.C
 
 
 def _search(root: Path, name: str) -> Reader | None:
-    """The first place under `root` that holds the set, as a reader that is still to be called."""
-    places = (root, *(f / end for f in (root / name, root) for end in (f"{name}.npz", _CIFAR_ARCHIVE, "")))
+    """The first place at `root` that holds the set, as a reader that is still to be called."""
+    places = (folder / file for folder in (root / name, root) for file in (*_KNOWN[name].files, ""))
     return next((read for place in places if (read := _recognise(place)) is not None), None)
 
 

@@ -12,7 +12,6 @@ import struct
 import zipfile
 import zlib
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,12 +21,12 @@ from caltrain.records.readers.dataset import Split, build_split
 from caltrain.records.readers.faults import (
     malformed,
     missing_part,
-    readable,
     too_large,
     wrong_kind,
     wrong_length,
     wrong_shape,
 )
+from caltrain.records.readers.files import Stream, read_up_to, readable
 
 _STEP = "read npz"
 _KEYS = (
@@ -93,13 +92,13 @@ def _array(archive: zipfile.ZipFile, info: zipfile.ZipInfo, path: Path) -> NDArr
         size = bounds.check_room(shape, itemsize=dtype.itemsize, what=what, step=_STEP)
         if info.file_size != head + size:
             raise wrong_length(f"{what} has {info.file_size} bytes, its header says {head + size}", step=_STEP)
-        data = stream.read(size)
+        data = read_up_to(stream, size)
     if len(data) != size:
         raise wrong_length(f"{what} ends after {len(data)} of {size} bytes", step=_STEP)
     return np.frombuffer(data, dtype=dtype).reshape(shape, order="F" if column_major else "C")
 
 
-def _header(stream: IO[bytes], what: str) -> tuple[np.dtype[np.generic], bool, tuple[int, ...], int]:
+def _header(stream: Stream, what: str) -> tuple[np.dtype[np.generic], bool, tuple[int, ...], int]:
     """(element type, column-major?, shape, bytes that the header takes)."""
     magic = stream.read(8)
     if magic[:6] != b"\x93NUMPY" or magic[6:] not in {b"\x01\x00", b"\x02\x00", b"\x03\x00"}:

@@ -21,10 +21,10 @@ from caltrain.records.readers.faults import (
     malformed,
     missing_part,
     not_found,
-    readable,
     too_large,
     wrong_kind,
 )
+from caltrain.records.readers.files import readable
 from caltrain.records.readers.pictures import decode_images
 
 _STEP = "read parquet"

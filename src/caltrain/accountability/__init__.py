@@ -1,0 +1,1 @@
+"""Mathematics of accountability: distances, suspicion. No keys, no I/O."""

@@ -1,0 +1,45 @@
+"""Nearest fingerprints inside the predicted class, exact L2 (arXiv:1812.03230, the query stage)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_BLOCK = 2048
+
+
+def squared_distances(queries: Tensor, fingerprints: Tensor) -> Tensor:
+    """(Q, D) and (N, D), rows of unit length, to squared L2 distances (Q, N), never negative."""
+    return (2 - 2 * queries @ fingerprints.T).clamp_(min=0)
+
+
+def nearest_in_class(
+    query: Tensor, *, label: int, fingerprints: Tensor, labels: Tensor, k: int
+) -> tuple[Tensor, Tensor]:
+    """Indices and L2 distances of the `k` nearest of `fingerprints` (N, D) whose label is `label`, nearest first.
+
+    Fewer where the class is smaller, none where it is empty.
+    """
+    members = (labels == label).nonzero().squeeze(1)
+    distances = squared_distances(query[None], fingerprints[members])[0].sqrt()
+    nearest = torch.topk(distances, min(k, len(members)), largest=False, sorted=True)
+    return members[nearest.indices], nearest.values
+
+
+def label_disagreement(fingerprints: Tensor, labels: Tensor, *, k: int) -> Tensor:
+    """Suspicion (N,) in 0..1 that a record is mislabelled: the share of its k nearest with another label.
+
+    Neighbours are of any label, the record itself excluded, each weighted by 1 / (distance + 0.05).
+    """
+    scores = torch.empty(len(labels))
+    k = min(k, len(labels) - 1)
+    for start in range(0, len(labels), _BLOCK):
+        rows = slice(start, start + _BLOCK)
+        distances = squared_distances(fingerprints[rows], fingerprints)
+        own = torch.arange(start, start + len(distances))
+        distances[torch.arange(len(distances)), own] = torch.inf
+        near = torch.topk(distances, k, largest=False)
+        weights = 1 / (near.values.sqrt() + 0.05)
+        differs = labels[near.indices] != labels[rows, None]
+        scores[rows] = (weights * differs).sum(1) / weights.sum(1)
+    return scores

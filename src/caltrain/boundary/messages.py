@@ -1,0 +1,217 @@
+"""Every message that may cross the door, as typed records (msgpack).
+
+Requests come from the host and are answered by one reply or a `Failed`. While it works on a request the enclave may
+call the host: to read or write bytes that the host stores for it, to report progress, or (with tensor frames, see
+`channel`) to run the CenterNet. Nothing else is ever decoded.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import msgspec
+from msgspec.msgpack import Decoder
+
+from caltrain.attestation.evidence import EvidenceBundle, Nonce, Purpose
+from caltrain.crypto.dsse import Envelope
+from caltrain.plan import MAX_PARTIES, MAX_PLAN_BYTES, MAX_SHARDS
+from caltrain.records.commitment import PartyName, ShardId
+
+MAX_CHUNK = 4 << 20
+"""Most bytes that one read or write moves."""
+
+ObjectName = Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9][a-z0-9./-]{0,199}$")]
+Chunk = Annotated[bytes, msgspec.Meta(max_length=MAX_CHUNK)]
+
+
+class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="t"):
+    """Base of all messages."""
+
+
+# --- requests: host to enclave ---------------------------------------------------------------------------------------
+
+
+class Boot(Message, frozen=True, tag="boot"):
+    """First message: what the launcher gives. With simulated evidence, the development root's secret."""
+
+    kind: Annotated[str, msgspec.Meta(max_length=40)]
+    root_secret: Annotated[bytes, msgspec.Meta(max_length=32)]
+
+
+class Configure(Message, frozen=True, tag="configure"):
+    """The plan and every party's approval of it."""
+
+    plan: Annotated[bytes, msgspec.Meta(max_length=MAX_PLAN_BYTES)]
+    approvals: Annotated[dict[PartyName, Envelope], msgspec.Meta(max_length=MAX_PARTIES)]
+
+
+class Attest(Message, frozen=True, tag="attest"):
+    """Ask for evidence."""
+
+    purpose: Purpose
+    nonce: Nonce
+
+
+class Provision(Message, frozen=True, tag="provision"):
+    """A party's sealed data key, entropy and shard list, in its signed envelope."""
+
+    party: PartyName
+    envelope: Envelope
+
+
+class MakeManifest(Message, frozen=True, tag="make-manifest"):
+    """All parties are in: sign the run manifest."""
+
+
+class Countersign(Message, frozen=True, tag="countersign"):
+    """A party's second approval."""
+
+    party: PartyName
+    envelope: Envelope
+
+
+class StoredShard(Message, frozen=True, tag="stored-shard"):
+    """A shard that the host has, by contributor and id."""
+
+    party: PartyName
+    shard: ShardId
+
+
+class Ingest(Message, frozen=True, tag="ingest"):
+    """Take in the manifest's shards out of what the host has."""
+
+    stored: Annotated[tuple[StoredShard, ...], msgspec.Meta(max_length=MAX_PARTIES * MAX_SHARDS)]
+
+
+class TrainEpoch(Message, frozen=True, tag="train-epoch"):
+    """Run the next epoch, calling the host's center for every step."""
+
+    epoch: Annotated[int, msgspec.Meta(ge=0)]
+
+
+class Release(Message, frozen=True, tag="release"):
+    """Seal FrontNet and HeadNet to the parties; `center_bytes` of CenterNet wait to be read as `center`."""
+
+    center_bytes: Annotated[int, msgspec.Meta(ge=1, le=1 << 34)]
+
+
+class Link(Message, frozen=True, tag="link"):
+    """One forward pass over all records with the whole model."""
+
+
+class Query(Message, frozen=True, tag="query"):
+    """A model user's sealed question, in their signed envelope."""
+
+    user: PartyName
+    envelope: Envelope
+
+
+class RecordDisclosure(Message, frozen=True, tag="record-disclosure"):
+    """A party's signed note that it disclosed a record: it becomes an event."""
+
+    party: PartyName
+    envelope: Envelope
+
+
+class Stop(Message, frozen=True, tag="stop"):
+    """End the enclave."""
+
+
+Request = (
+    Boot
+    | Configure
+    | Attest
+    | Provision
+    | MakeManifest
+    | Countersign
+    | Ingest
+    | TrainEpoch
+    | Release
+    | Link
+    | Query
+    | RecordDisclosure
+    | Stop
+)
+
+# --- replies: enclave to host ----------------------------------------------------------------------------------------
+
+
+class Done(Message, frozen=True, tag="done"):
+    """Success: the events that the request added, and what it answers."""
+
+    events: tuple[Envelope, ...] = ()
+    bundle: EvidenceBundle | None = None
+    signed: Envelope | None = None
+    sealed: dict[str, bytes] = {}
+    ignored: tuple[StoredShard, ...] = ()
+    loss: float | None = None
+    images: int = 0
+    center_seed: bytes = b""
+
+
+class Failed(Message, frozen=True, tag="failed"):
+    """A named error; `fatal` means that the run cannot go on."""
+
+    error: dict[str, str]
+    fatal: bool
+
+
+Reply = Done | Failed
+
+# --- calls: enclave to host, while a request runs --------------------------------------------------------------------
+
+
+class Read(Message, frozen=True, tag="read"):
+    """Give `length` bytes of a stored object from `offset`; fewer only at its end."""
+
+    name: ObjectName
+    offset: Annotated[int, msgspec.Meta(ge=0)]
+    length: Annotated[int, msgspec.Meta(ge=1, le=MAX_CHUNK)]
+
+
+class Write(Message, frozen=True, tag="write"):
+    """Store these bytes at `offset` of an object, which grows as needed."""
+
+    name: ObjectName
+    offset: Annotated[int, msgspec.Meta(ge=0)]
+    data: Chunk
+
+
+class CommitCenter(Message, frozen=True, tag="commit-center"):
+    """The epoch is over: commit to the state of the CenterNet. Answered with 32 bytes, its digest."""
+
+    epoch: int
+
+
+class Progress(Message, frozen=True, tag="progress"):
+    """How far the request is: needs no answer."""
+
+    phase: Annotated[str, msgspec.Meta(max_length=40)]
+    done: int
+    total: int
+    loss: float | None = None
+
+
+Call = Read | Write | CommitCenter | Progress
+
+# --- answers: host to enclave, to a call -----------------------------------------------------------------------------
+
+
+class Data(Message, frozen=True, tag="data"):
+    """Bytes of a read, or an empty acknowledgement of a write."""
+
+    data: Chunk = b""
+
+
+class CallFailed(Message, frozen=True, tag="call-failed"):
+    """The host could not do what was called for: a full disk, a missing object, a center that stopped."""
+
+    error: dict[str, str]
+
+
+Answer = Data | CallFailed
+
+REQUESTS: Decoder[Request] = Decoder(Request)
+REPLIES: Decoder[Reply] = Decoder(Reply)
+REPLIES_AND_CALLS: Decoder[Reply | Call] = Decoder(Reply | Call)
+ANSWERS: Decoder[Answer] = Decoder(Answer)

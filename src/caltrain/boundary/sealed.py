@@ -1,0 +1,164 @@
+"""What parties and model users send through the host to the enclave, and what comes back: the host carries it blind.
+
+Every such message is HPKE-sealed to the enclave's key with the transcript as `info`, and signed over transcript and
+ciphertext. The transcript is the verified binding (purpose, keys, plan, nonce) and the sender's name, so a message
+opens in one enclave, for one plan, one purpose and one nonce only.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from typing import Annotated, Literal, TypeVar
+
+import msgspec
+
+from caltrain.attestation.evidence import Binding, Nonce
+from caltrain.crypto import dsse, hpke
+from caltrain.crypto.aead import KEY_BYTES, seal, unseal
+from caltrain.crypto.digests import Digest, canonical_json, digest
+from caltrain.crypto.kdf import derive
+from caltrain.errors import IntegrityError
+from caltrain.plan import MAX_SHARDS, ManifestShard, Right
+from caltrain.records.commitment import PartyName, RecordRef, ShardId
+
+MAX_SEALED = 48 << 20
+MAX_QUESTIONS = 1024
+Key = Annotated[bytes, msgspec.Meta(min_length=KEY_BYTES, max_length=KEY_BYTES)]
+SealedKind = Literal["provision", "query"]
+T = TypeVar("T")
+
+
+class SealedMessage(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Signed by the sender (DSSE kind `provision` or `query`)."""
+
+    sender: PartyName
+    nonce: Nonce
+    transcript: Digest
+    sealed: Annotated[str, msgspec.Meta(max_length=MAX_SEALED)]
+
+
+class PartySecret(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What a party provisions: its data key, 32 bytes of entropy for the run seed, its shards in order."""
+
+    data_key: Key
+    entropy: Key
+    shards: Annotated[tuple[ManifestShard, ...], msgspec.Meta(min_length=1, max_length=MAX_SHARDS)]
+
+
+class Question(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A user's inputs: `count` arrays of the plan's shape and element type, concatenated; a key for the answer."""
+
+    kind: Right
+    count: Annotated[int, msgspec.Meta(ge=1, le=MAX_QUESTIONS)]
+    inputs: bytes
+    answer_key: Key
+
+
+class Neighbour(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """One traced record: where it is, how far (a multiple of the plan's distance step), its commitment."""
+
+    rank: int
+    record: RecordRef
+    distance: float
+    commitment: Digest
+
+
+class TraceStatement(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What the enclave signs about one traced input (DSSE kind `trace`)."""
+
+    run: ShardId
+    model: Digest
+    user: PartyName
+    nonce: Nonce
+    index: int
+    input_commitment: Digest
+    predicted: int
+    neighbours: tuple[Neighbour, ...]
+    center_audited: bool
+    simulated: bool
+
+
+class Answers(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What comes back, sealed under the question's answer key."""
+
+    model: Digest
+    predicted: tuple[int, ...]
+    scores: tuple[tuple[float, ...], ...] = ()
+    traces: tuple[dsse.Envelope, ...] = ()
+    budget_left: int
+
+
+class ReleasedPart(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What each party gets under its own key: FrontNet and HeadNet (safetensors), and the seed if the plan says so."""
+
+    model: Digest
+    weights: bytes
+    run_seed: bytes = b""
+
+
+class SuspicionReport(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Label disagreement of a party's own records after the link pass, in steps of 1/1000: (shard, leaf) to score."""
+
+    model: Digest
+    scores: dict[ShardId, tuple[int, ...]]
+
+
+class DisclosureNote(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What a party signs for the chain when it discloses a record (DSSE kind `disclosure-note`)."""
+
+    run: ShardId
+    party: PartyName
+    commitment: Digest
+
+
+def transcript_digest(binding: Binding, sender: str) -> str:
+    """Digest of everything that a sealed message is bound to."""
+    return digest("transcript/v1", canonical_json(binding), sender.encode())
+
+
+def seal_message(
+    kind: SealedKind, secret: msgspec.Struct, *, binding: Binding, sender: str, signer: dsse.SigningKey
+) -> dsse.Envelope:
+    """Seal `secret` to the enclave of a *verified* binding, and sign it."""
+    transcript = transcript_digest(binding, sender)
+    sealed = hpke.seal_to(binding.encryption_key, msgspec.msgpack.encode(secret), info=transcript.encode())
+    message = SealedMessage(
+        sender=sender, nonce=binding.nonce, transcript=transcript, sealed=base64.b64encode(sealed).decode()
+    )
+    return signer.sign(kind, message)
+
+
+def open_message(message: SealedMessage, type_: type[T], *, binding: Binding, key: hpke.HpkePrivateKey, step: str) -> T:
+    """Open a sealed message whose signature was verified. Raises IntegrityError."""
+    transcript = transcript_digest(binding, message.sender)
+    if transcript != message.transcript:
+        raise _malformed("its transcript is not that of this enclave, plan, purpose and nonce", step)
+    try:
+        plain = key.unseal(base64.b64decode(message.sealed, validate=True), info=transcript.encode(), step=step)
+        return msgspec.msgpack.decode(plain, type=type_)
+    except (binascii.Error, msgspec.MsgspecError) as error:
+        raise _malformed(str(error), step) from None
+
+
+def seal_for(key: bytes, purpose: str, payload: msgspec.Struct, *, context: str) -> bytes:
+    """Seal a payload to whoever holds `key`, for one purpose and context (a run, a transcript)."""
+    return seal(derive(key, purpose), msgspec.msgpack.encode(payload), aad=context.encode())
+
+
+def open_for(key: bytes, purpose: str, sealed: bytes, type_: type[T], *, context: str, step: str) -> T:
+    """Inverse of `seal_for`. Raises IntegrityError."""
+    plain = unseal(derive(key, purpose), sealed, aad=context.encode(), step=step)
+    try:
+        return msgspec.msgpack.decode(plain, type=type_)
+    except msgspec.MsgspecError as error:
+        raise _malformed(str(error), step) from None
+
+
+def _malformed(what: str, step: str) -> IntegrityError:
+    return IntegrityError(
+        "sealed.malformed",
+        f"a sealed message was refused: {what}",
+        step=step,
+        fix="Attest again and seal anew; both ends must run the same version.",
+    )

@@ -1,0 +1,57 @@
+"""The enclave program: `python -I -m caltrain.enclave SOCKET_FD RING_FD SLOT_BYTES THREADS`.
+
+It imports what it needs, locks itself down, and only then reads its first message.
+"""
+
+from __future__ import annotations
+
+import socket
+import sys
+
+import torch
+
+from caltrain.attestation.measurement import measure_enclave
+from caltrain.attestation.simulated import KIND, SimulatedAttester
+from caltrain.boundary.channel import Channel
+from caltrain.boundary.messages import REQUESTS, Boot
+from caltrain.boundary.ring import Ring, Side
+from caltrain.crypto.dsse import SigningKey
+from caltrain.enclave.sandbox import lock_down
+from caltrain.enclave.session import enclave_main
+from caltrain.errors import CaltrainError, ConfigError, ProtocolError
+
+
+def main(arguments: list[str]) -> int:
+    """Run until stopped. Returns an exit code; errors go to standard error, which holds no secret."""
+    try:
+        sock_fd, ring_fd, slot_bytes, threads = (int(a) for a in arguments)
+    except ValueError:
+        error = ConfigError(
+            "enclave.arguments", "four numbers are needed", step="start enclave", fix="Let the host launch the enclave."
+        )
+        sys.stderr.write(f"{error}\n")
+        return error.exit_code
+    try:
+        torch.set_num_threads(threads)
+        measurement = measure_enclave()
+        lock_down(keep_fds=[sock_fd, ring_fd])
+        channel = Channel(socket.socket(fileno=sock_fd), Ring(ring_fd, slot_bytes=slot_bytes, side=Side.ENCLAVE))
+        boot = channel.receive(REQUESTS)
+        if not isinstance(boot, Boot) or boot.kind != KIND:
+            raise ProtocolError(
+                "enclave.boot",
+                "the first message must be Boot of a known kind of evidence",
+                step="start enclave",
+                fix="Let the host launch the enclave.",
+            )
+        enclave_main(channel, SimulatedAttester(SigningKey(boot.root_secret), measurement=measurement))
+    except CaltrainError as error:
+        if error.code == "door.closed":  # the host is gone: there is nobody left to tell
+            return 0
+        sys.stderr.write(f"{error}\n")
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,162 @@
+"""Questions of model users: predict and trace, sealed in both directions, each input counted against a budget."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from caltrain.accountability.neighbours import nearest_in_class
+from caltrain.boundary.messages import Done, Query, RecordDisclosure
+from caltrain.boundary.sealed import (
+    Answers,
+    DisclosureNote,
+    Neighbour,
+    Question,
+    SealedMessage,
+    TraceStatement,
+    open_message,
+    seal_for,
+)
+from caltrain.crypto.digests import canonical_json, digest, to_text
+from caltrain.crypto.dsse import Envelope, open_envelope
+from caltrain.enclave.run import Run, State, present
+from caltrain.errors import AccessError, DataError, IntegrityError
+from caltrain.models.network import features_and_logits
+from caltrain.plan import Plan, User
+from caltrain.training.batches import normalise
+
+_BATCH = 256
+
+
+def query(run: Run, message: Query) -> tuple[Done, State]:
+    """Answer a signed, sealed question of a user whom the plan names."""
+    plan = present(run.plan)
+    user = plan.user(message.user)
+    sealed = open_envelope(message.envelope, "query", user.public_key, SealedMessage, step="query")
+    if sealed.sender != user.name:
+        raise _denied("user.other-sender", f"{user.name} asked in another name", "query")
+    binding = run.vault.redeem(sealed, "query")
+    question = open_message(sealed, Question, binding=binding, key=run.vault.encryption, step="query")
+    inputs = _inputs(plan, question)
+    left = _spend(run, user, question)
+    with torch.inference_mode():
+        answers = _answer(run, question, inputs, user=user, nonce=sealed.nonce, left=left)
+    context = sealed.transcript
+    # The answer key is 32 random bytes, so the digest commits to the answer without letting it be guessed.
+    committed = digest("answer/v1", question.answer_key, canonical_json(_public(answers)))
+    body = {"user": user.name, "kind": question.kind, "inputs": question.count, "model": run.model_digest}
+    run.record("query", body | {"answer": committed})
+    reply = seal_for(question.answer_key, "answer/v1", answers, context=context)
+    return Done(sealed={user.name: reply}), State.LINKED
+
+
+def _public(answers: Answers) -> dict[str, object]:
+    return {"model": answers.model, "predicted": answers.predicted, "traces": [t.payload for t in answers.traces]}
+
+
+def _inputs(plan: Plan, question: Question) -> Tensor:
+    size = math.prod(plan.data.shape) * plan.data.numpy_dtype.itemsize
+    if len(question.inputs) != size * question.count:
+        raise DataError(
+            "query.shape",
+            f"{len(question.inputs)} bytes for {question.count} inputs of {size} bytes",
+            step="query",
+            fix="Send inputs of the plan's shape and element type.",
+        )
+    array = np.frombuffer(question.inputs, plan.data.numpy_dtype).reshape(-1, *plan.data.shape)
+    if plan.data.dtype == "f32" and not np.isfinite(array).all():
+        raise DataError("query.not-finite", "an input holds NaN or infinity", step="query", fix="Correct the input.")
+    return torch.from_numpy(array.copy())
+
+
+def _spend(run: Run, user: User, question: Question) -> int:
+    """Count the inputs against the user's budget before anything is computed; returns what is left."""
+    if question.kind not in user.may:
+        raise _denied("user.may-not", f"{user.name} may not {question.kind}", "query")
+    left = user.budget - run.spent.get(user.name, 0)
+    if question.count > left:
+        raise _denied("user.budget-spent", f"{user.name} has {left} questions left, asked {question.count}", "query")
+    run.spent[user.name] = run.spent.get(user.name, 0) + question.count
+    return left - question.count
+
+
+def _answer(run: Run, question: Question, inputs: Tensor, *, user: User, nonce: str, left: int) -> Answers:
+    plan, model = present(run.plan), present(run.model)
+    features, scores = [], []
+    for part in torch.split(inputs, _BATCH):
+        x = normalise(part, plan.data, channels_last=plan.training.channels_last)
+        embedding, logits = features_and_logits(model, x)
+        features.append(embedding)
+        scores.append(logits.softmax(1))
+    probabilities = torch.cat(scores)
+    predicted = tuple(int(p) for p in probabilities.argmax(1))
+    if question.kind == "predict":
+        table = tuple(tuple(round(float(s), 6) for s in row) for row in probabilities)
+        return Answers(model=run.model_digest, predicted=predicted, scores=table, budget_left=left)
+    traces = tuple(
+        _trace(run, plan, embedding, label, bytes(inputs[i].numpy().tobytes()), user=user, nonce=nonce, index=i)
+        for i, (embedding, label) in enumerate(zip(torch.cat(features), predicted, strict=True))
+    )
+    return Answers(model=run.model_digest, predicted=predicted, traces=traces, budget_left=left)
+
+
+def _trace(
+    run: Run, plan: Plan, embedding: Tensor, label: int, pixels: bytes, *, user: User, nonce: str, index: int
+) -> Envelope:
+    """Rank the nearest records inside the predicted class, and sign the answer."""
+    linkage, step = present(run.linkage), plan.trace.distance_step
+    indices, distances = nearest_in_class(
+        embedding,
+        label=label,
+        fingerprints=linkage.fingerprints,
+        labels=linkage.labels,
+        k=plan.trace.neighbours,
+    )
+    neighbours = tuple(
+        Neighbour(
+            rank=rank + 1,
+            record=linkage.records[int(i)],
+            distance=round(round(float(d) / step) * step, 6),
+            commitment=to_text(linkage.commitments[int(i)]),
+        )
+        for rank, (i, d) in enumerate(zip(indices, distances, strict=True))
+    )
+    statement = TraceStatement(
+        run=run.vault.run,
+        model=run.model_digest,
+        user=user.name,
+        nonce=nonce,
+        index=index,
+        # The nonce is the user's own: with input and nonce they can show later which input this trace is of.
+        input_commitment=digest("input/v1", bytes.fromhex(nonce), pixels),
+        predicted=label,
+        neighbours=neighbours,
+        center_audited=False,
+        simulated=run.vault.attester.simulated,
+    )
+    return run.vault.signing.sign("trace", statement)
+
+
+def record_disclosure(run: Run, message: RecordDisclosure) -> tuple[Done, State]:
+    """Note in the chain that a party has disclosed one of its records."""
+    party = present(run.plan).party(message.party)
+    note = open_envelope(message.envelope, "disclosure-note", party.public_key, DisclosureNote, step="disclosure")
+    owners = {
+        to_text(c): r.party for c, r in zip(present(run.linkage).commitments, present(run.linkage).records, strict=True)
+    }
+    if note.run != run.vault.run or note.party != party.name or owners.get(note.commitment) != party.name:
+        raise IntegrityError(
+            "disclosure.not-own",
+            f"{party.name} has no such record in this run",
+            step="disclosure",
+            fix="Disclose a record that a trace of this run named as yours.",
+        )
+    run.record("disclosure", {"party": party.name, "commitment": note.commitment})
+    return Done(), State.LINKED
+
+
+def _denied(code: str, what: str, step: str) -> AccessError:
+    return AccessError(code, what, step=step, fix="The plan decides who may ask what, and how often.")

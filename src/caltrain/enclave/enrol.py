@@ -1,0 +1,136 @@
+"""From the plan to the countersigned manifest: who takes part, with which keys and shards."""
+
+from __future__ import annotations
+
+from caltrain.boundary.messages import Attest, Configure, Countersign, Done, MakeManifest, Provision
+from caltrain.boundary.sealed import PartySecret, SealedMessage, open_message
+from caltrain.crypto.dsse import open_envelope
+from caltrain.enclave.run import Run, State, present
+from caltrain.errors import AttestationError, ProvisioningError
+from caltrain.plan import (
+    ManifestParty,
+    Party,
+    RunManifest,
+    check_approval,
+    check_countersignature,
+    plan_from_json,
+)
+from caltrain.records.shard import key_id
+from caltrain.training.seeds import run_seed
+
+
+def configure(run: Run, message: Configure) -> tuple[Done, State]:
+    """Take the plan that every party has approved, if it names this program."""
+    plan = plan_from_json(message.plan)
+    if plan.enclave.measurement != run.vault.attester.measurement:
+        raise AttestationError(
+            "plan.other-measurement",
+            f"the plan trusts {plan.enclave.measurement}, this enclave is {run.vault.attester.measurement}",
+            step="configure",
+            fix="Run the program that the plan names, or have a new plan approved.",
+        )
+    for party in plan.parties:
+        envelope = message.approvals.get(party.name)
+        if envelope is None:
+            raise _not_in("provision.not-approved", party.name, "has not approved the plan", "configure")
+        check_approval(plan, party.name, envelope)
+    run.plan = plan
+    run.record("plan", {"plan": plan.digest(), "form": plan.partition.form, "simulated": run.vault.attester.simulated})
+    for party in plan.parties:
+        run.record("approval", {"party": party.name})
+    return Done(), State.ENROLLING
+
+
+def attest(run: Run, message: Attest) -> tuple[Done, State]:
+    """Evidence for a party (training) or, once the model is linked, for a model user (query)."""
+    if (message.purpose == "query") != (run.state is State.LINKED):
+        raise AttestationError(
+            "attest.purpose",
+            f"a run that is {run.state} gives no evidence for {message.purpose}",
+            step="attest",
+            fix="Parties attest before the manifest, model users once the model is linked.",
+        )
+    return Done(
+        bundle=run.vault.attest(message.purpose, plan=present(run.plan).digest(), nonce=message.nonce)
+    ), run.state
+
+
+def provision(run: Run, message: Provision) -> tuple[Done, State]:
+    """Take a party's data key, entropy and shard list."""
+    party = present(run.plan).party(message.party)
+    sealed = open_envelope(message.envelope, "provision", party.public_key, SealedMessage, step="provision")
+    if sealed.sender != party.name:
+        raise _not_in("provision.other-sender", party.name, "sent a message in another name", "provision")
+    binding = run.vault.redeem(sealed, "training")
+    secret = open_message(sealed, PartySecret, binding=binding, key=run.vault.encryption, step="provision")
+    _check_shards(run, party, secret)
+    run.vault.parties[party.name] = secret
+    run.record("provision", {"party": party.name, "key_id": key_id(secret.data_key), "shards": len(secret.shards)})
+    receipt = run.vault.signing.sign("provision-receipt", {"transcript": sealed.transcript})
+    return Done(signed=receipt), State.ENROLLING
+
+
+def _check_shards(run: Run, party: Party, secret: PartySecret) -> None:
+    ids = [shard.shard for shard in secret.shards]
+    if len(set(ids)) != len(ids) or len({shard.root for shard in secret.shards}) != len(ids):
+        raise _not_in("provision.duplicate-shard", party.name, "lists one shard twice", "provision")
+    records = sum(shard.records for shard in secret.shards)
+    if records < party.min_records:
+        raise _not_in(
+            "provision.too-few-records",
+            party.name,
+            f"brings {records} records, the plan asks for {party.min_records}",
+            "provision",
+        )
+    others = (s.data_key for name, s in run.vault.parties.items() if name != party.name)
+    if secret.data_key in others:
+        raise _not_in("provision.shared-key", party.name, "uses another party's data key", "provision")
+
+
+def make_manifest(run: Run, _message: MakeManifest) -> tuple[Done, State]:
+    """Sign what will be trained on, by whom, under which keys."""
+    plan, vault = present(run.plan), run.vault
+    missing = [party.name for party in plan.parties if party.name not in vault.parties]
+    if missing:
+        raise _not_in("provision.missing", missing[0], "has not handed over its key", "make manifest")
+    entries = tuple(
+        ManifestParty(name=p.name, key_id=key_id(vault.parties[p.name].data_key), shards=vault.parties[p.name].shards)
+        for p in plan.parties
+    )
+    run.manifest = RunManifest(
+        run=vault.run,
+        plan=plan.digest(),
+        evidence_kind=vault.attester.kind,
+        simulated=vault.attester.simulated,
+        measurement=vault.attester.measurement,
+        enclave_encryption_key=vault.encryption.public,
+        enclave_signing_key=vault.signing.public,
+        parties=entries,
+    )
+    if run.manifest.records() < plan.training.batch:
+        raise ProvisioningError(
+            "manifest.too-few-records",
+            f"{run.manifest.records()} records do not fill one batch of {plan.training.batch}",
+            step="make manifest",
+            fix="Contribute more records, or agree on a smaller batch.",
+        )
+    run.record("manifest", {"manifest": run.manifest.digest(), "records": run.manifest.records()})
+    return Done(signed=vault.signing.sign("run-manifest", run.manifest)), State.AGREEING
+
+
+def countersign(run: Run, message: Countersign) -> tuple[Done, State]:
+    """Take a party's second approval; with the last one, the run may begin."""
+    plan, manifest = present(run.plan), present(run.manifest)
+    check_countersignature(plan, manifest, message.party, message.envelope)
+    if message.party not in run.countersigned:
+        run.countersigned.add(message.party)
+        run.record("countersignature", {"party": message.party})
+    if len(run.countersigned) < len(plan.parties):
+        return Done(), State.AGREEING
+    entropies = [run.vault.parties[party.name].entropy for party in plan.parties]
+    run.seed = run_seed(run.vault.randomness, entropies)
+    return Done(), State.AGREED
+
+
+def _not_in(code: str, party: str, what: str, step: str) -> ProvisioningError:
+    return ProvisioningError(code, f"{party} {what}", step=step, fix=f"Have {party} join with the plan as it stands.")

@@ -1,0 +1,147 @@
+"""Ingest: authenticate, decrypt, recompute commitments and roots, fill the pool (DESIGN: the protocol, 4 and 6)."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from caltrain.boundary.messages import Done, Ingest, StoredShard
+from caltrain.crypto.digests import same, to_text
+from caltrain.crypto.merkle import MerkleBuilder
+from caltrain.enclave.door import Door
+from caltrain.enclave.pool import Pool, PoolShape, Rows
+from caltrain.enclave.run import Run, State, present
+from caltrain.errors import DataError, IntegrityError, LineageError
+from caltrain.models.network import zone_ranges
+from caltrain.plan import ManifestShard, Plan, RunManifest
+from caltrain.records import shard as shards
+from caltrain.records.commitment import RecordRef, commit
+from caltrain.records.schema import DataSchema, decode_record
+from caltrain.training.seeds import RunSeeds
+from caltrain.training.zone import Zone
+
+# A row of the pool: party, shard (numbers in the manifest), leaf, label; commitment; elements.
+_PLACE = np.dtype([("party", "<u4"), ("shard", "<u4"), ("leaf", "<u4"), ("label", "<u4")])
+_HEAD = _PLACE.itemsize + 32
+_CHUNK = 1 << 20
+
+
+def ingest(run: Run, message: Ingest) -> tuple[Done, State]:
+    """Take in the manifest's shards; report what else the host has. The first shard that fails ends the run."""
+    plan, manifest = present(run.plan), present(run.manifest)
+    wanted = {StoredShard(p.name, s.shard) for p in manifest.parties for s in p.shards}
+    stored = set(message.stored)
+    if wanted - stored:
+        gone = min(wanted - stored, key=lambda s: (s.party, s.shard))
+        raise LineageError(
+            "ingest.missing-shard",
+            f"shard {gone.shard} of {gone.party} is in the manifest but the host does not have it",
+            step="ingest",
+            fix=f"Have {gone.party} send it again.",
+        )
+    torch.set_num_threads(plan.training.threads)
+    pool = Pool(run.door, shape=PoolShape.fit(manifest.records(), _HEAD + _element_bytes(plan.data)))
+    taken = 0
+    for party_index, party in enumerate(manifest.parties):
+        seen: set[bytes] = set()
+        for shard_index, entry in enumerate(party.shards):
+            place = (party_index, shard_index)
+            for row in _shard_rows(run, plan, RecordRef(party.name, entry.shard, 0), entry, place, seen):
+                pool.append(row)
+            taken += entry.records
+            run.door.progress("ingest", taken, manifest.records())
+    pool.finish()
+    run.pool = pool
+    _make_zones(run, plan)
+    run.record("ingest", {"records": taken, "ignored": len(stored - wanted)})
+    ignored = tuple(sorted(stored - wanted, key=lambda s: (s.party, s.shard)))
+    return Done(ignored=ignored, center_seed=run.seeds.center), State.READY
+
+
+def _make_zones(run: Run, plan: Plan) -> None:
+    front, _, head = zone_ranges(plan.model, plan.partition)
+    seeds: RunSeeds = run.seeds
+    shape, training = plan.data.shape, plan.training
+    run.front = Zone(plan.model, front, input_shape=shape, training=training, seed=seeds.front)
+    if plan.partition.head:
+        run.head = Zone(plan.model, head, input_shape=shape, training=training, seed=seeds.head)
+
+
+def _shard_rows(
+    run: Run, plan: Plan, first: RecordRef, entry: ManifestShard, place: tuple[int, int], seen: set[bytes]
+) -> Iterator[bytes]:
+    """Rows of one shard, each checked; raises with the shard and its party named."""
+    step = f"ingest shard {first.shard} of {first.party}"
+    name = f"shards/{first.party}/{first.shard}"
+    prefix = run.door.read_up_to(name, offset=0, length=shards.MAX_HEADER_BYTES + 64)
+    envelope, offset = shards.read_header(io.BytesIO(prefix), step=step)
+    key = plan.party(first.party).public_key
+    header = shards.open_header(envelope, contributor=first.party, public_key=key, step=step)
+    if (header.shard, header.root, header.records) != (entry.shard, entry.root, entry.records):
+        raise IntegrityError(
+            "ingest.other-shard",
+            "the stored shard is not the one that the manifest names",
+            step=step,
+            fix=f"Have {first.party} send the shard that it listed, or start a new run with the new one.",
+        )
+    data_key = run.vault.parties[first.party].data_key
+    chunks = _chunks(run.door, name, offset)
+    tree = MerkleBuilder()
+    for leaf, salt, record in shards.open_frames(header, data_key, chunks, schema=plan.data, step=step):
+        commitment = commit(RecordRef(first.party, first.shard, leaf), salt=salt, record=record)
+        tree.append(commitment)
+        elements, label = decode_record(plan.data, record)
+        _refuse_duplicate(record, seen, leaf, step)
+        head = np.array((*place, leaf, label), dtype=_PLACE).tobytes()
+        yield head + commitment + elements.tobytes()
+    if not same(to_text(tree.root()), entry.root):
+        raise LineageError(
+            "ingest.other-root",
+            "the records do not hash to the root that the contributor committed to",
+            step=step,
+            fix=f"{first.party} used a modified client: exclude it, or have it seal its records again.",
+        )
+
+
+def _chunks(door: Door, name: str, offset: int) -> Iterator[bytes]:
+    while chunk := door.read_up_to(name, offset=offset, length=_CHUNK):
+        yield chunk
+        offset += len(chunk)
+
+
+def _refuse_duplicate(record: bytes, seen: set[bytes], leaf: int, step: str) -> None:
+    key = shards.record_key(record)
+    if key in seen:
+        raise DataError(
+            "ingest.duplicate-record",
+            f"leaf {leaf} repeats a record of the same contributor",
+            step=step,
+            fix="The contributor removes the copy and seals again.",
+        )
+    seen.add(key)
+
+
+def _element_bytes(schema: DataSchema) -> int:
+    return int(np.prod(schema.shape)) * schema.numpy_dtype.itemsize
+
+
+def unpack(rows: Rows, schema: DataSchema) -> tuple[Tensor, Tensor]:
+    """Elements (N, C, H, W) in the schema's type and labels (N,) int64 of pool rows."""
+    elements = np.ascontiguousarray(rows[:, _HEAD:]).view(schema.numpy_dtype).reshape(-1, *schema.shape)
+    return torch.from_numpy(elements), torch.from_numpy(_places(rows)["label"].astype(np.int64))
+
+
+def lineage(rows: Rows, manifest: RunManifest) -> Iterator[tuple[RecordRef, bytes]]:
+    """(reference, commitment) of each pool row."""
+    commitments = rows[:, _PLACE.itemsize : _HEAD]
+    for place, commitment in zip(_places(rows), commitments, strict=True):
+        party = manifest.parties[int(place["party"])]
+        yield RecordRef(party.name, party.shards[int(place["shard"])].shard, int(place["leaf"])), commitment.tobytes()
+
+
+def _places(rows: Rows) -> np.ndarray[tuple[int], np.dtype[np.void]]:
+    return np.ascontiguousarray(rows[:, : _PLACE.itemsize]).view(_PLACE).reshape(-1)

@@ -1,0 +1,112 @@
+"""Release and link: the model leaves, each part to whom it belongs, and gets its identity."""
+
+from __future__ import annotations
+
+import torch
+
+from caltrain.accountability.neighbours import label_disagreement
+from caltrain.boundary.messages import Done, Link, Release
+from caltrain.boundary.sealed import ReleasedPart, SuspicionReport, seal_for
+from caltrain.crypto.digests import canonical_json, digest, same, to_raw
+from caltrain.crypto.merkle import merkle_root
+from caltrain.enclave.ingest import lineage, unpack
+from caltrain.enclave.run import Linkage, Run, State, present
+from caltrain.errors import IntegrityError
+from caltrain.models.network import build, features_and_logits, lay_out
+from caltrain.models.weights import decode_state, encode_state, load_zone, model_digest, state_of
+from caltrain.provenance.statements import LinkedModel, ModelStatement
+from caltrain.training.batches import normalise
+
+_LINK_BATCH = 256
+
+
+def release(run: Run, message: Release) -> tuple[Done, State]:
+    """Join the zones, name the whole by its digest, seal the inner zones to each party."""
+    plan, manifest = present(run.plan), present(run.manifest)
+    center_state = decode_state(run.door.read("center", offset=0, length=message.center_bytes), step="release")
+    if not same(to_raw(model_digest(plan.model, center_state)), run.center_commitment):
+        raise IntegrityError(
+            "release.other-center",
+            "the CenterNet is not the one that the host committed to after the last epoch",
+            step="release",
+            fix="Stop trusting this host: it exchanged the CenterNet after training.",
+        )
+    inner = state_of(*(zone.module for zone in (run.front, run.head) if zone is not None))
+    run.model = build(plan.model, input_shape=plan.data.shape)
+    load_zone(run.model, inner | center_state, step="release")
+    lay_out(run.model, channels_last=plan.training.channels_last)
+    run.model.eval()
+    run.model_digest = model_digest(plan.model, state_of(run.model))
+    part = ReleasedPart(
+        model=run.model_digest,
+        weights=encode_state(inner),
+        run_seed=run.seed if plan.release.reveal_seed else b"",
+    )
+    sealed = {
+        name: seal_for(secret.data_key, "release/v1", part, context=run.vault.run)
+        for name, secret in run.vault.parties.items()
+    }
+    statement = ModelStatement(
+        run=run.vault.run,
+        plan=plan.digest(),
+        manifest=manifest.digest(),
+        model=run.model_digest,
+        epochs=run.epoch,
+        center_audited=False,
+        simulated=run.vault.attester.simulated,
+    )
+    run.record(
+        "release", {"model": run.model_digest, "center_audited": False, "seed_revealed": plan.release.reveal_seed}
+    )
+    return Done(sealed=sealed, signed=run.vault.signing.sign("model", statement)), State.RELEASED
+
+
+def link(run: Run, _message: Link) -> tuple[Done, State]:
+    """One forward pass of all records, without augmentation: fingerprint, label, source, commitment of each."""
+    plan, manifest, pool, model = present(run.plan), present(run.manifest), present(run.pool), present(run.model)
+    features, labels = [], []
+    linkage = Linkage(torch.empty(0), torch.empty(0), [], [])
+    # Batches follow the last permutation, so the order of access tells nothing of whose record is where.
+    for start in range(0, pool.shape.records, pool.shape.block):
+        rows = pool.rows(start, min(start + pool.shape.block, pool.shape.records))
+        elements, own_labels = unpack(rows, plan.data)
+        with torch.inference_mode():
+            for part in torch.split(elements, _LINK_BATCH):
+                x = normalise(part, plan.data, channels_last=plan.training.channels_last)
+                features.append(features_and_logits(model, x)[0])
+        labels.append(own_labels)
+        for reference, commitment in lineage(rows, manifest):
+            linkage.records.append(reference)
+            linkage.commitments.append(commitment)
+        run.door.progress("link", start + len(rows), pool.shape.records)
+    linkage.fingerprints, linkage.labels = torch.cat(features), torch.cat(labels)
+    run.linkage = linkage
+    root = merkle_root(sorted(linkage.commitments))
+    statement = LinkedModel(
+        run=run.vault.run,
+        model=run.model_digest,
+        records=len(linkage.records),
+        commitments="sha256:" + root.hex(),
+        center_audited=False,
+        simulated=run.vault.attester.simulated,
+    )
+    run.record("link", {"model": run.model_digest, "records": statement.records, "statement": _digest(statement)})
+    return Done(signed=run.vault.signing.sign("linked-model", statement), sealed=_suspicion(run)), State.LINKED
+
+
+def _digest(statement: LinkedModel) -> str:
+    return digest("linked-model/v1", canonical_json(statement))
+
+
+def _suspicion(run: Run) -> dict[str, bytes]:
+    """Each party's own records, by how much their neighbours' labels disagree with theirs: sealed to that party."""
+    plan, manifest, linkage = present(run.plan), present(run.manifest), present(run.linkage)
+    scores = label_disagreement(linkage.fingerprints, linkage.labels, k=plan.trace.suspicion_neighbours)
+    table = {(r.party, r.shard, r.leaf): round(float(s) * 1000) for r, s in zip(linkage.records, scores, strict=True)}
+    sealed: dict[str, bytes] = {}
+    for party in manifest.parties:
+        own = {s.shard: tuple(table[party.name, s.shard, leaf] for leaf in range(s.records)) for s in party.shards}
+        report = SuspicionReport(model=run.model_digest, scores=own)
+        key = run.vault.parties[party.name].data_key
+        sealed[party.name] = seal_for(key, "suspicion/v1", report, context=run.vault.run)
+    return sealed

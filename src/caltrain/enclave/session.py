@@ -1,0 +1,117 @@
+"""The enclave as a state machine without I/O of its own: one table says what is accepted when, and what follows.
+
+    state      message             handler            next state
+    ---------  ------------------  -----------------  ---------------------------------------
+    new        Configure           configure          enrolling
+    enrolling  Attest, Provision   attest, provision  enrolling
+    enrolling  MakeManifest        make_manifest      agreeing
+    agreeing   Countersign         countersign        agreeing, agreed with the last signature
+    agreed     Ingest              ingest             ready
+    ready      TrainEpoch          train_epoch        ready, trained after the last epoch
+    trained    Release             release            released
+    released   Link                link               linked
+    linked     Attest, Query, RecordDisclosure        linked
+    any        Stop                                   stopped
+
+A request that fails before the run began (up to `agreeing`) or after it ended (`linked`) changes nothing and can be
+sent again; one that fails between leaves a run that cannot be trusted, so it stops for good.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+
+from caltrain.attestation.evidence import Attester
+from caltrain.boundary.channel import Channel
+from caltrain.boundary.messages import (
+    REQUESTS,
+    Attest,
+    Configure,
+    Countersign,
+    Done,
+    Failed,
+    Ingest,
+    Link,
+    MakeManifest,
+    Provision,
+    Query,
+    RecordDisclosure,
+    Release,
+    Reply,
+    Request,
+    Stop,
+    TrainEpoch,
+)
+from caltrain.enclave.answer import query, record_disclosure
+from caltrain.enclave.door import Door
+from caltrain.enclave.enrol import attest, configure, countersign, make_manifest, provision
+from caltrain.enclave.ingest import ingest
+from caltrain.enclave.release import link, release
+from caltrain.enclave.run import Run, State
+from caltrain.enclave.train import train_epoch
+from caltrain.enclave.vault import Vault
+from caltrain.errors import CaltrainError, ProtocolError
+from caltrain.provenance.chain import Chain
+
+Handler = Callable[[Run, Any], tuple[Done, State]]
+TABLE: dict[tuple[State, type], tuple[Handler, frozenset[State]]] = {
+    (State.NEW, Configure): (configure, frozenset({State.ENROLLING})),
+    (State.ENROLLING, Attest): (attest, frozenset({State.ENROLLING})),
+    (State.ENROLLING, Provision): (provision, frozenset({State.ENROLLING})),
+    (State.ENROLLING, MakeManifest): (make_manifest, frozenset({State.AGREEING})),
+    (State.AGREEING, Countersign): (countersign, frozenset({State.AGREEING, State.AGREED})),
+    (State.AGREED, Ingest): (ingest, frozenset({State.READY})),
+    (State.READY, TrainEpoch): (train_epoch, frozenset({State.READY, State.TRAINED})),
+    (State.TRAINED, Release): (release, frozenset({State.RELEASED})),
+    (State.RELEASED, Link): (link, frozenset({State.LINKED})),
+    (State.LINKED, Attest): (attest, frozenset({State.LINKED})),
+    (State.LINKED, Query): (query, frozenset({State.LINKED})),
+    (State.LINKED, RecordDisclosure): (record_disclosure, frozenset({State.LINKED})),
+}
+_HARMLESS = frozenset({State.NEW, State.ENROLLING, State.AGREEING, State.LINKED})
+
+
+def enclave_main(channel: Channel, attester: Attester) -> None:
+    """Serve requests until `Stop` or the end of the stream (which raises EnvironmentFault)."""
+    vault = Vault(attester)
+    run = Run(vault=vault, door=Door(channel), chain=Chain(vault.signing, run=vault.run))
+    while run.state is not State.STOPPED:
+        request = channel.receive(REQUESTS)
+        channel.send(handle(run, request))
+
+
+def handle(run: Run, request: Request) -> Reply:
+    """One request through the table. Never raises a CaltrainError: it becomes a `Failed` reply."""
+    if isinstance(request, Stop):
+        run.state = State.STOPPED
+        return Done()
+    before = run.state
+    run.pending.clear()
+    try:
+        handler, allowed = _look_up(before, request)
+        reply, after = handler(run, request)
+        if after not in allowed:
+            raise _refused(f"{type(request).__name__} led from {before} to {after}")
+    except CaltrainError as error:
+        fatal = before not in _HARMLESS and error.code != "session.not-now"
+        if fatal:
+            run.state = State.STOPPED
+        return Failed(error.diagnostics(), fatal)
+    run.state = after
+    return msgspec.structs.replace(reply, events=tuple(run.chain.append(kind, body) for kind, body in run.pending))
+
+
+def _look_up(state: State, request: Request) -> tuple[Handler, frozenset[State]]:
+    entry = TABLE.get((state, type(request)))
+    if entry is None:
+        raise _refused(f"{type(request).__name__} is not accepted while the run is {state}")
+    return entry
+
+
+def _refused(what: str) -> ProtocolError:
+    return ProtocolError(
+        "session.not-now", what, step="handle request", fix="Send requests in the order that the protocol gives."
+    )

@@ -1,0 +1,59 @@
+"""Secrets of one enclave: its own keys, the nonces it has answered, what the parties handed over."""
+
+from __future__ import annotations
+
+import os
+from collections import OrderedDict
+
+from caltrain.attestation.evidence import Attester, Binding, EvidenceBundle, Purpose
+from caltrain.boundary.sealed import PartySecret, SealedMessage
+from caltrain.crypto.dsse import SigningKey
+from caltrain.crypto.hpke import HpkePrivateKey
+from caltrain.errors import ProtocolError
+
+MAX_PENDING = 4096
+
+
+class Vault:
+    """Made once at start; nothing in it is ever written or sent."""
+
+    def __init__(self, attester: Attester) -> None:
+        self.attester = attester
+        self.encryption = HpkePrivateKey()
+        self.signing = SigningKey()
+        self.run = os.urandom(16).hex()
+        self.randomness = os.urandom(32)
+        self.parties: dict[str, PartySecret] = {}
+        self._pending: OrderedDict[str, Binding] = OrderedDict()
+        self._used: set[str] = set()
+
+    def attest(self, purpose: Purpose, *, plan: str, nonce: str) -> EvidenceBundle:
+        """Evidence for one nonce. Raises ProtocolError `nonce.reused`: a nonce is answered once."""
+        if nonce in self._pending or nonce in self._used:
+            raise _nonce("nonce.reused", "this nonce was already answered", "attest")
+        binding = Binding(
+            purpose=purpose,
+            encryption_key=self.encryption.public,
+            signing_key=self.signing.public,
+            plan=plan,
+            nonce=nonce,
+        )
+        if len(self._pending) >= MAX_PENDING:  # whoever floods us pushes out the oldest; its owner asks again
+            self._pending.popitem(last=False)
+        self._pending[nonce] = binding
+        return EvidenceBundle(binding=binding, evidence=self.attester.evidence(binding.report_data()))
+
+    def redeem(self, message: SealedMessage, purpose: Purpose) -> Binding:
+        """The binding that a signed message answers to; each serves once. Raises ProtocolError `nonce.unknown`."""
+        binding = self._pending.get(message.nonce)
+        if binding is None or binding.purpose != purpose:
+            raise _nonce(
+                "nonce.unknown", "no evidence for this purpose was given for this nonce, or it was used", "open"
+            )
+        del self._pending[message.nonce]
+        self._used.add(message.nonce)
+        return binding
+
+
+def _nonce(code: str, what: str, step: str) -> ProtocolError:
+    return ProtocolError(code, what, step=step, fix="Draw a fresh nonce, ask for evidence, and verify it again.")

@@ -1,0 +1,38 @@
+"""What the enclave signs about a model."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from caltrain.crypto.digests import Digest
+from caltrain.records.commitment import ShardId
+
+
+class ModelStatement(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """At release: this model came out of this run of this plan over this manifest (DSSE kind `model`)."""
+
+    version: Literal[1] = 1
+    run: ShardId
+    plan: Digest
+    manifest: Digest
+    model: Digest
+    epochs: int
+    center_audited: bool
+    simulated: bool
+
+
+class LinkedModel(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """After the link pass: traces of this run are traces of this model (DSSE kind `linked-model`).
+
+    `commitments` is the Merkle root over all record commitments in ascending order.
+    """
+
+    version: Literal[1] = 1
+    run: ShardId
+    model: Digest
+    records: int
+    commitments: Digest
+    center_audited: bool
+    simulated: bool
