@@ -136,6 +136,14 @@ Request = (
 # --- replies: enclave to host ----------------------------------------------------------------------------------------
 
 
+class Ready(Message, frozen=True, tag="ready"):
+    """Answer to `Boot`: what the program is, and which measures of its sandbox hold (`name` to `on`, `off`, ...)."""
+
+    measurement: str
+    simulated: bool
+    sandbox: dict[str, str]
+
+
 class Done(Message, frozen=True, tag="done"):
     """Success: the events that the request added, and what it answers."""
 
@@ -156,7 +164,7 @@ class Failed(Message, frozen=True, tag="failed"):
     fatal: bool
 
 
-Reply = Done | Failed
+Reply = Ready | Done | Failed
 
 # --- calls: enclave to host, while a request runs --------------------------------------------------------------------
 

@@ -46,6 +46,12 @@ class PartySecret(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     shards: Annotated[tuple[ManifestShard, ...], msgspec.Meta(min_length=1, max_length=MAX_SHARDS)]
 
 
+class ProvisionReceipt(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The enclave's word that it opened a party's message (DSSE kind `provision-receipt`)."""
+
+    transcript: Digest
+
+
 class Question(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """A user's inputs: `count` arrays of the plan's shape and element type, concatenated; a key for the answer."""
 

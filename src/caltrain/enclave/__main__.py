@@ -9,11 +9,12 @@ import socket
 import sys
 
 import torch
+import torch._dynamo  # the first optimiser would import it, which behind the lock it cannot
 
 from caltrain.attestation.measurement import measure_enclave
 from caltrain.attestation.simulated import KIND, SimulatedAttester
 from caltrain.boundary.channel import Channel
-from caltrain.boundary.messages import REQUESTS, Boot
+from caltrain.boundary.messages import REQUESTS, Boot, Ready
 from caltrain.boundary.ring import Ring, Side
 from caltrain.crypto.dsse import SigningKey
 from caltrain.enclave.sandbox import lock_down
@@ -32,9 +33,9 @@ def main(arguments: list[str]) -> int:
         sys.stderr.write(f"{error}\n")
         return error.exit_code
     try:
-        torch.set_num_threads(threads)
         measurement = measure_enclave()
-        lock_down(keep_fds=[sock_fd, ring_fd])
+        sandbox = lock_down(keep_fds=[sock_fd, ring_fd])
+        torch.set_num_threads(threads)  # starts threads, so it comes after the lock
         channel = Channel(socket.socket(fileno=sock_fd), Ring(ring_fd, slot_bytes=slot_bytes, side=Side.ENCLAVE))
         boot = channel.receive(REQUESTS)
         if not isinstance(boot, Boot) or boot.kind != KIND:
@@ -44,6 +45,8 @@ def main(arguments: list[str]) -> int:
                 step="start enclave",
                 fix="Let the host launch the enclave.",
             )
+        states: dict[str, str] = {measure.name: measure.state for measure in sandbox.measures}
+        channel.send(Ready(measurement, simulated=True, sandbox=states))
         enclave_main(channel, SimulatedAttester(SigningKey(boot.root_secret), measurement=measurement))
     except CaltrainError as error:
         if error.code == "door.closed":  # the host is gone: there is nobody left to tell

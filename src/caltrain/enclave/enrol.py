@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from caltrain.boundary.messages import Attest, Configure, Countersign, Done, MakeManifest, Provision
-from caltrain.boundary.sealed import PartySecret, SealedMessage, open_message
+from caltrain.boundary.sealed import PartySecret, ProvisionReceipt, SealedMessage, open_message
 from caltrain.crypto.dsse import open_envelope
 from caltrain.enclave.run import Run, State, present
 from caltrain.errors import AttestationError, ProvisioningError
@@ -66,7 +66,7 @@ def provision(run: Run, message: Provision) -> tuple[Done, State]:
     _check_shards(run, party, secret)
     run.vault.parties[party.name] = secret
     run.record("provision", {"party": party.name, "key_id": key_id(secret.data_key), "shards": len(secret.shards)})
-    receipt = run.vault.signing.sign("provision-receipt", {"transcript": sealed.transcript})
+    receipt = run.vault.signing.sign("provision-receipt", ProvisionReceipt(transcript=sealed.transcript))
     return Done(signed=receipt), State.ENROLLING
 
 

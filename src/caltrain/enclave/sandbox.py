@@ -59,7 +59,7 @@ def lock_down(*, keep_fds: Sequence[int]) -> SandboxReport:
     """Lock this process, for good: call it once, with one thread running and all imports done.
 
     Imports include those that a library puts off: the first optimiser of torch imports `torch._dynamo`, which looks
-    for a folder to write in and would fail behind the lock.
+    for a folder to write in and would fail behind the lock. `torch.set_num_threads` starts threads: it comes after.
     `keep_fds` (the channel, the ring) stay open beside 0, 1 and 2. A measure that this kernel or installation
     does not offer is reported as unavailable. Raises EnvironmentFault: `sandbox.threads-running`,
     `sandbox.descriptor-not-open`, `sandbox.measure-failed` (offered, and yet it did not hold). After an error
@@ -92,7 +92,7 @@ def _check_one_thread() -> None:
             "sandbox.threads-running",
             f"{running} threads are running, the lock would hold one of them only",
             step="lock down the enclave",
-            fix="Lock down before the first computation, and start with OPENBLAS_NUM_THREADS=1.",
+            fix="Lock down before torch.set_num_threads and any computation; start with OPENBLAS_NUM_THREADS=1.",
         )
 
 

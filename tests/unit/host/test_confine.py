@@ -19,10 +19,6 @@ from caltrain.host.confine import Confinement, confined_command, enclave_environ
 
 LOOK_AROUND = """
 import json, os, socket, sys
-def can_write(path):
-    try:
-        with open(path, "w"): return True
-    except OSError: return False
 status = dict(line.split(":\\t", 1) for line in open("/proc/self/status").read().splitlines() if ":\\t" in line)
 json.dump({
     "environment": dict(os.environ),
@@ -31,7 +27,7 @@ json.dump({
     "interfaces": [name for _, name in socket.if_nameindex()],
     "hostname": socket.gethostname(),
     "seen": [path for path in sys.argv[1:] if os.path.exists(path)],
-    "written": [path for path in ("/x", "/usr/x", sys.prefix + "/x", "/tmp/x") if can_write(path)],
+    "writable": [path for path in ("/", "/usr", sys.prefix, "/tmp") if os.access(path, os.W_OK)],
 }, sys.stdout)
 """
 
@@ -125,8 +121,7 @@ def test_inside_there_is_no_network_no_other_process_and_no_right(bwrap: str, mo
     assert seen["processes"] == [1, 2]
     assert seen["capabilities"] == 0
     assert seen["hostname"] == "enclave"
-    assert seen["written"] == ["/tmp/x"]  # noqa: S108  # its own, in memory
-    assert not Path("/tmp/x").exists()  # noqa: S108
+    assert seen["writable"] == ["/tmp"]  # noqa: S108  # its own, in memory
     assert {**enclave_environment(2), "PWD": "/"} == seen["environment"]
 
 
@@ -142,6 +137,17 @@ def test_the_environment_is_cleared_even_when_the_launcher_forgets(bwrap: str, m
 def test_a_bare_enclave_inherits_no_variable_either(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CALTRAIN_SECRET", "inherited")
     assert look_around(None)["environment"] == enclave_environment(2)
+
+
+def test_its_tmp_is_not_the_hosts(bwrap: str, tmp_path: Path) -> None:
+    probe = Path("/tmp") / f"{tmp_path.name}-of-{tmp_path.parent.name}"  # noqa: S108
+    argv = [sys.executable, "-I", "-S", "-c", "import sys; open(sys.argv[1], 'w').close()", str(probe)]
+    command = confined_command(argv, bwrap=bwrap, read_only=(), environment={})
+    assert subprocess.run(command, timeout=60, check=False).returncode == 0
+    try:
+        assert not probe.exists()
+    finally:
+        probe.unlink(missing_ok=True)
 
 
 def test_inside_only_named_files_are_seen(bwrap: str, tmp_path: Path) -> None:

@@ -189,6 +189,14 @@ def test_paths_that_are_not_recognised(tmp_path: Path) -> None:
             open_path(tmp_path / name)
 
 
+def test_a_path_that_the_system_refuses() -> None:
+    path = Path("x" * 5_000)
+    with pytest.raises(DataError, match=r"^reader\.unreadable: .*too long"):
+        open_path(path)
+    with pytest.raises(DataError, match=r"^reader\.unreadable: .*too long"):
+        load("mnist", path, download=False)
+
+
 def test_the_readers_start_without_torch_and_without_an_http_client() -> None:
     lines = (
         "import sys, caltrain.records.readers",

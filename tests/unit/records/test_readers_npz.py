@@ -181,6 +181,13 @@ def test_a_crowd_of_members_is_refused(tmp_path: Path, monkeypatch: pytest.Monke
     refuse(pack(tmp_path), "reader.too-large")
 
 
+def test_a_directory_that_lies_before_the_file_is_refused(tmp_path: Path) -> None:
+    raw = bytearray(pack(tmp_path).read_bytes())
+    struct.pack_into("<I", raw, raw.index(b"PK\x05\x06") + 12, 2**31)  # the size of the central directory
+    (tmp_path / "set.npz").write_bytes(raw)
+    refuse(tmp_path / "set.npz", "reader.malformed")
+
+
 def announce(path: Path, size: int) -> Path:
     """Change the unpacked size of the first member in the central directory."""
     raw = bytearray(path.read_bytes())

@@ -101,10 +101,19 @@ def fetch(name: str, folder: Path, *, client: httpx.Client | None = None) -> Non
             fix=f"Get it yourself and pass its folder; downloads exist for {', '.join(sorted(SOURCES))}.",
         )
     session = httpx.Client(follow_redirects=True, timeout=30) if client is None else nullcontext(client)
-    with session as opened:
-        for remote in remotes:
-            if _digests(folder / remote.name) != (remote.md5, remote.sha256):
-                _fetch_one(opened, remote, folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with session as opened:
+            for remote in remotes:
+                if _digests(folder / remote.name) != (remote.md5, remote.sha256):
+                    _fetch_one(opened, remote, folder)
+    except OSError as error:
+        raise EnvironmentFault(
+            "download.not-written",
+            f"{folder} cannot be used: {error.strerror or error}",
+            step=_STEP,
+            fix="Free some space, or name another folder with --data-dir or XDG_CACHE_HOME.",
+        ) from error
 
 
 def _digests(path: Path) -> tuple[str, str] | None:
@@ -119,11 +128,7 @@ def _digests(path: Path) -> tuple[str, str] | None:
 
 def _fetch_one(session: httpx.Client, remote: Remote, folder: Path) -> None:
     """Into a temporary file of the same folder, verified, then renamed; on any error it is removed."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=folder, prefix=f".{remote.name}.", suffix=".part")
-    except OSError as error:
-        raise _not_written(folder, error) from error
+    handle, name = tempfile.mkstemp(dir=folder, prefix=f".{remote.name}.", suffix=".part")
     temporary = Path(name)
     try:
         with os.fdopen(handle, "wb") as file:
@@ -132,8 +137,6 @@ def _fetch_one(session: httpx.Client, remote: Remote, folder: Path) -> None:
             os.fsync(file.fileno())
         _verify(remote, temporary)
         temporary.replace(folder / remote.name)
-    except OSError as error:
-        raise _not_written(folder, error) from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -183,12 +186,3 @@ def _verify(remote: Remote, path: Path) -> None:
             step=_STEP,
             fix="Nothing was kept. Try again; if it stays so, the network or the server changes the file.",
         )
-
-
-def _not_written(folder: Path, error: OSError) -> EnvironmentFault:
-    return EnvironmentFault(
-        "download.not-written",
-        f"{folder} cannot be written to: {error.strerror or error}",
-        step=_STEP,
-        fix="Free some space, or name another folder with --data-dir or XDG_CACHE_HOME.",
-    )

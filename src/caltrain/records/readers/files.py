@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
 from caltrain.errors import DataError
-from caltrain.records.readers.faults import not_found, too_large
+from caltrain.records.readers.faults import malformed, not_found, too_large
 
 _CHUNK = 1 << 20
 
@@ -21,12 +22,14 @@ class Stream(Protocol):
 
 @contextmanager
 def readable(path: Path, *, step: str) -> Iterator[None]:
-    """Turn what the operating system says about `path` into an error of ours."""
+    """Turn an OSError while `path` is read into a DataError."""
     try:
         yield
     except FileNotFoundError as error:
         raise not_found(f"{path} does not exist", step=step) from error
     except OSError as error:
+        if error.errno in {None, errno.EINVAL}:  # not the system's: a decoder's, or a seek to where a header led
+            raise malformed(f"{path} is damaged: {error}", step=step) from error
         raise DataError(
             "reader.unreadable",
             f"{path} cannot be read: {error.strerror or error}",

@@ -14,6 +14,7 @@ from caltrain.records.readers.cifar import CIFAR10_CLASSES, read_cifar_archive
 from caltrain.records.readers.dataset import Split
 from caltrain.records.readers.digits import read_digits
 from caltrain.records.readers.faults import not_found
+from caltrain.records.readers.files import readable
 from caltrain.records.readers.folder import read_folder
 from caltrain.records.readers.idx import is_idx_folder, read_idx
 from caltrain.records.readers.npz import read_npz
@@ -78,9 +79,9 @@ def open_path(path: Path) -> Split:
 
     Raises DataError, and ConfigError where pyarrow is needed and absent.
     """
-    if not path.exists():
-        raise not_found(f"{path} does not exist", step=_STEP)
-    read = _recognise(path)
+    with readable(path, step=_STEP):
+        path.stat()
+        read = _recognise(path)
     if read is not None:
         return read()
     if path.is_dir():
@@ -121,7 +122,8 @@ def _locate(name: str, data_dir: Path | None, *, download: bool, client: httpx.C
 def _search(root: Path, name: str) -> Reader | None:
     """The first place at `root` that holds the set, as a reader that is still to be called."""
     places = (folder / file for folder in (root / name, root) for file in (*_KNOWN[name].files, ""))
-    return next((read for place in places if (read := _recognise(place)) is not None), None)
+    with readable(root, step=_STEP):
+        return next((read for place in places if (read := _recognise(place)) is not None), None)
 
 
 def _recognise(path: Path) -> Reader | None:

@@ -82,9 +82,7 @@ def _arrow_errors(pyarrow: Any, folder: Path) -> Iterator[None]:
     with readable(folder, step=_STEP):
         try:
             yield
-        except (pyarrow.ArrowException, OSError) as error:
-            if getattr(error, "errno", None):  # a real one; Arrow reports corrupt pages as OSError without
-                raise
+        except (pyarrow.ArrowException, ValueError) as error:
             raise malformed(f"{folder} holds no sound Parquet: {str(error)[:300]}", step=_STEP) from error
 
 

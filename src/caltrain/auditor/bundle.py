@@ -1,0 +1,155 @@
+"""A trace bundle: all that a third party needs to check a trace and its disclosures, and the check itself.
+
+The trust anchor is the plan's digest, which the auditor knows from elsewhere (each party can tell it). From there:
+  (1) the bundle's plan has that digest, so its keys are the parties' keys;
+  (2) every party countersigned the manifest, so its enclave keys and shard roots are what all of them verified;
+  (3) the manifest and the linked model are signed by that enclave;
+  (4) the trace is signed by it, and is of the linked model;
+  (5) the chain is whole, signed, and holds plan, manifest and link;
+  (6) each disclosure is signed by its contributor, names a record of the trace, hashes to its commitment, and is in
+      the shard whose root the manifest holds.
+It does not show that the enclave was genuine: that is what the parties verified before they countersigned.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+
+from caltrain.boundary.sealed import TraceStatement
+from caltrain.crypto.digests import same
+from caltrain.crypto.dsse import Envelope, open_envelope
+from caltrain.errors import IntegrityError, LineageError
+from caltrain.plan import MAX_PARTIES, ManifestShard, Plan, RunManifest, check_countersignature, check_plan
+from caltrain.provenance.chain import MAX_EVENTS, Event, verify_chain
+from caltrain.provenance.statements import LinkedModel
+from caltrain.records.commitment import PartyName, RecordRef
+from caltrain.records.disclosure import Disclosure, check_disclosure
+
+MAX_BUNDLE_BYTES = 256 << 20
+
+
+class TraceBundle(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What a model user hands to an auditor."""
+
+    version: int = 1
+    plan: Plan
+    manifest: Envelope
+    countersignatures: Annotated[dict[PartyName, Envelope], msgspec.Meta(max_length=MAX_PARTIES)]
+    linked: Envelope
+    trace: Envelope
+    chain: Annotated[tuple[Envelope, ...], msgspec.Meta(max_length=MAX_EVENTS)]
+    disclosures: Annotated[tuple[Envelope, ...], msgspec.Meta(max_length=100)] = ()
+
+
+class Verified(msgspec.Struct, frozen=True, kw_only=True):
+    """What a bundle proves. `records` holds the canonical bytes of each disclosed record."""
+
+    plan: str
+    run: str
+    model: str
+    trace: TraceStatement
+    records: dict[RecordRef, bytes]
+    undisclosed: tuple[RecordRef, ...]
+    events: int
+    head: str
+    simulated: bool
+    center_audited: bool
+
+
+def read_bundle(path: Path) -> TraceBundle:
+    """Decode a bundle file of at most 256 MiB. Raises IntegrityError `bundle.malformed`."""
+    try:
+        if path.stat().st_size > MAX_BUNDLE_BYTES:
+            raise msgspec.ValidationError("larger than the limit")
+        return msgspec.json.decode(path.read_bytes(), type=TraceBundle)
+    except (OSError, msgspec.MsgspecError) as error:
+        raise IntegrityError(
+            "bundle.malformed", f"{path} is not a trace bundle: {error}", step="read bundle", fix="Get it again."
+        ) from None
+
+
+def verify_bundle(bundle: TraceBundle, *, plan_digest: str, head: str | None = None) -> Verified:
+    """Check a bundle against the plan's digest (and a chain head that a party kept), without network or host.
+
+    Raises IntegrityError, LineageError, ConfigError or DataError at the first step that fails.
+    """
+    plan = check_plan(bundle.plan)
+    if not same(plan.digest(), plan_digest):  # (1)
+        raise _refuse("bundle.other-plan", f"the bundle's plan is {plan.digest()}, not {plan_digest}")
+    manifest = _manifest(bundle, plan)  # (2), (3)
+    key = manifest.enclave_signing_key
+    linked = open_envelope(bundle.linked, "linked-model", key, LinkedModel, step="verify linked model")
+    trace = open_envelope(bundle.trace, "trace", key, TraceStatement, step="verify trace")
+    if not linked.run == trace.run == manifest.run or trace.model != linked.model:  # (4)
+        raise _refuse("bundle.other-model", "trace, link and manifest are not of one run and model")
+    events = verify_chain(bundle.chain, run=manifest.run, signing_key=key, head=head)  # (5)
+    _check_events(events, plan=plan, manifest=manifest, model=linked.model)
+    records = dict(_disclosed(envelope, plan, manifest, trace) for envelope in bundle.disclosures)  # (6)
+    return Verified(
+        plan=plan.digest(),
+        run=manifest.run,
+        model=linked.model,
+        trace=trace,
+        records=records,
+        undisclosed=tuple(n.record for n in trace.neighbours if n.record not in records),
+        events=len(events),
+        head=events[-1].digest(),
+        simulated=manifest.simulated,
+        center_audited=linked.center_audited,
+    )
+
+
+def _manifest(bundle: TraceBundle, plan: Plan) -> RunManifest:
+    # Read with the key that it claims; that key counts only once every party has countersigned the content.
+    manifest = open_envelope(
+        bundle.manifest, "run-manifest", bundle.manifest.signer, RunManifest, step="verify manifest"
+    )
+    if manifest.enclave_signing_key != bundle.manifest.signer or manifest.plan != plan.digest():
+        raise _refuse("bundle.other-manifest", "the manifest is of another plan, or not signed by its enclave")
+    for party in plan.parties:
+        envelope = bundle.countersignatures.get(party.name)
+        if envelope is None:
+            raise _refuse("bundle.not-countersigned", f"{party.name} has not countersigned the manifest")
+        check_countersignature(plan, manifest, party.name, envelope)
+    return manifest
+
+
+def _check_events(events: tuple[Event, ...], *, plan: Plan, manifest: RunManifest, model: str) -> None:
+    for kind, key, value in (
+        ("plan", "plan", plan.digest()),
+        ("manifest", "manifest", manifest.digest()),
+        ("link", "model", model),
+    ):
+        if not any(event.kind == kind and event.body.get(key) == value for event in events):
+            raise _refuse("bundle.not-in-chain", f"the chain has no event {kind} for {value}")
+
+
+def _disclosed(envelope: Envelope, plan: Plan, manifest: RunManifest, trace: TraceStatement) -> tuple[RecordRef, bytes]:
+    owner = next((p for p in plan.parties if p.public_key == envelope.signer), None)
+    if owner is None:
+        raise _refuse("disclosure.unknown-signer", "a disclosure is signed by no party of the plan")
+    disclosure = open_envelope(envelope, "disclosure", owner.public_key, Disclosure, step="verify disclosure")
+    reference = disclosure.record_ref
+    traced = next((n for n in trace.neighbours if n.record == reference), None)
+    if traced is None or reference.party != owner.name:
+        raise _refuse("disclosure.not-traced", f"the trace names no such record of {owner.name}")
+    shard = _shard(manifest, reference)
+    record = check_disclosure(disclosure, root=shard.root, records=shard.records, commitment=traced.commitment)
+    return reference, record
+
+
+def _shard(manifest: RunManifest, reference: RecordRef) -> ManifestShard:
+    for party in manifest.parties:
+        for shard in party.shards:
+            if (party.name, shard.shard) == (reference.party, reference.shard):
+                return shard
+    raise _refuse("disclosure.not-in-manifest", f"the manifest has no shard {reference.shard} of {reference.party}")
+
+
+def _refuse(code: str, what: str) -> LineageError:
+    return LineageError(
+        code, what, step="verify bundle", fix="Do not rely on this bundle; get it again from its owner."
+    )

@@ -1,0 +1,1 @@
+"""A model user: asks for predictions and traces, sealed to an enclave that it has verified."""

@@ -1,0 +1,114 @@
+"""Ask an attested enclave: predict or trace. Inputs and answers are sealed; the host carries them blind."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+
+import numpy as np
+from numpy.typing import NDArray
+
+from caltrain.attestation.evidence import EvidenceBundle
+from caltrain.attestation.verify import Claims, Policy, verify_evidence
+from caltrain.boundary.sealed import (
+    MAX_QUESTIONS,
+    MAX_SEALED,
+    Answers,
+    Question,
+    TraceStatement,
+    open_for,
+    seal_message,
+    transcript_digest,
+)
+from caltrain.crypto.digests import digest
+from caltrain.crypto.dsse import Envelope, SigningKey, open_envelope
+from caltrain.errors import DataError, IntegrityError
+from caltrain.host_client import HostClient
+from caltrain.plan import Plan, Right
+
+_STEP = "read answer"
+
+
+@dataclass(frozen=True)
+class Answered:
+    """A verified answer: the enclave's claims, what it said, and (for traces) its signed statements."""
+
+    claims: Claims
+    answers: Answers
+    traces: tuple[TraceStatement, ...]
+    envelopes: tuple[Envelope, ...]
+
+
+def ask(
+    host: HostClient,
+    plan: Plan,
+    policy: Policy,
+    *,
+    kind: Right,
+    user: str,
+    signer: SigningKey,
+    inputs: NDArray[np.generic],
+    clock: Callable[[], datetime],
+) -> Answered:
+    """Ask about `inputs` (N, C, H, W), at most 1024 at a time, of the plan's element type.
+
+    Raises AttestationError before anything is sealed, DataError, AccessError (not named, budget spent).
+    """
+    _check(plan, inputs)
+    nonce = os.urandom(32).hex()
+    bundle = host.get("/v1/attestation", EvidenceBundle, params={"purpose": "query", "nonce": nonce})
+    claims = verify_evidence(bundle, policy, purpose="query", plan=plan.digest(), nonce=nonce, now=clock())
+    raw = np.ascontiguousarray(inputs)
+    question = Question(kind=kind, count=len(raw), inputs=raw.tobytes(), answer_key=os.urandom(32))
+    envelope = seal_message("query", question, binding=bundle.binding, sender=user, signer=signer)
+    sealed = host.post_bytes(f"/v1/users/{user}/query", envelope, limit=MAX_SEALED)
+    context = transcript_digest(bundle.binding, user)
+    answers = open_for(question.answer_key, "answer/v1", sealed, Answers, context=context, step=_STEP)
+    traces = tuple(_trace(e, bundle, answers, user=user, nonce=nonce, step=_STEP) for e in answers.traces)
+    _check_answer(kind, answers, traces, raw, nonce)
+    return Answered(claims, answers, traces, answers.traces)
+
+
+def input_commitment(nonce: str, pixels: NDArray[np.generic]) -> str:
+    """What a trace statement says of its input: with input and nonce the user can show which one it was."""
+    return digest("input/v1", bytes.fromhex(nonce), np.ascontiguousarray(pixels).tobytes())
+
+
+def _check(plan: Plan, inputs: NDArray[np.generic]) -> None:
+    if inputs.ndim != 4 or inputs.shape[1:] != plan.data.shape or inputs.dtype != plan.data.numpy_dtype:
+        raise DataError(
+            "ask.shape",
+            f"inputs of {inputs.shape} {inputs.dtype}, the plan has {plan.data.shape} {plan.data.dtype}",
+            step="ask",
+            fix="Convert the inputs to the plan's shape and element type.",
+        )
+    if not 1 <= len(inputs) <= MAX_QUESTIONS:
+        raise DataError(
+            "ask.count", f"{len(inputs)} inputs at once", step="ask", fix=f"Ask about 1 to {MAX_QUESTIONS} at a time."
+        )
+
+
+def _trace(
+    envelope: Envelope, bundle: EvidenceBundle, answers: Answers, *, user: str, nonce: str, step: str
+) -> TraceStatement:
+    trace = open_envelope(envelope, "trace", bundle.binding.signing_key, TraceStatement, step=step)
+    if (trace.user, trace.nonce, trace.model) != (user, nonce, answers.model):
+        raise _mismatch("a trace is of another question or model")
+    return trace
+
+
+def _check_answer(
+    kind: Right, answers: Answers, traces: Sequence[TraceStatement], inputs: NDArray[np.generic], nonce: str
+) -> None:
+    if len(answers.predicted) != len(inputs) or (kind == "trace" and len(traces) != len(inputs)):
+        raise _mismatch(f"{len(answers.predicted)} answers and {len(traces)} traces for {len(inputs)} inputs")
+    for index, trace in enumerate(traces):
+        own = (index, answers.predicted[index], input_commitment(nonce, inputs[index]))
+        if (trace.index, trace.predicted, trace.input_commitment) != own:
+            raise _mismatch(f"trace {index} is not of the input that was asked about")
+
+
+def _mismatch(what: str) -> IntegrityError:
+    return IntegrityError("answer.mismatch", f"the answer was refused: {what}", step=_STEP, fix="Ask again; report it.")

@@ -1,0 +1,186 @@
+"""The HTTP interface of the host (JSON; shards and sealed parts as bytes). It stores and forwards; it reads nothing.
+
+    GET  /v1/plan                              the plan (canonical JSON)
+    GET  /v1/run                               phase, progress, who is waited for, error; says when simulated
+    POST /v1/run/start                         the operator: begin once all is in
+    GET  /v1/attestation?purpose=&nonce=       evidence bundle
+    POST /v1/parties/{party}/approval          DSSE plan-approval
+    PUT  /v1/parties/{party}/shards/{shard}    sealed shard (streamed)
+    POST /v1/parties/{party}/provision         DSSE provision -> DSSE provision-receipt
+    GET  /v1/manifest                          DSSE run-manifest
+    POST /v1/parties/{party}/countersignature  DSSE manifest-approval
+    GET  /v1/artifacts/{name}                  what the run left: see `ARTIFACTS`
+    POST /v1/users/{user}/query                DSSE query -> sealed answer
+    POST /v1/parties/{party}/disclosure        DSSE disclosure-note
+
+Errors are `{"error": {family, code, what, step, fix}}`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import msgspec
+from fastapi import FastAPI, Request, Response
+from fastapi.concurrency import run_in_threadpool
+from fastapi.responses import FileResponse
+from starlette.requests import ClientDisconnect
+
+from caltrain.attestation.evidence import Nonce, Purpose
+from caltrain.boundary.sealed import MAX_SEALED
+from caltrain.crypto.digests import canonical_json
+from caltrain.crypto.dsse import Envelope, envelope_from_json
+from caltrain.errors import (
+    AccessError,
+    CaltrainError,
+    ConfigError,
+    DataError,
+    EnvironmentFault,
+    IntegrityError,
+    ProtocolError,
+)
+from caltrain.host.conductor import Conductor
+from caltrain.host.uploads import receive_shard
+
+MAX_NOTE = 1 << 20
+MAX_QUERY = MAX_SEALED * 2
+ARTIFACTS = re.compile(
+    r"^(center|release\.json|suspicion\.json|chain\.jsonl|(release|suspicion)/[a-z0-9-]{1,40}"
+    r"|countersignatures/[a-z0-9-]{1,40}\.json)$"
+)
+_STATUS: dict[type[CaltrainError], int] = {
+    AccessError: 403,
+    ConfigError: 400,
+    DataError: 422,
+    IntegrityError: 422,
+    ProtocolError: 409,
+    EnvironmentFault: 503,
+}
+_BY_CODE = {"upload.too-large": 413, "user.budget-spent": 429, "storage.full": 507, "http.no-such-artifact": 404}
+
+
+def create_app(conductor: Conductor) -> FastAPI:
+    """The application around one run."""
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        conductor.begin()
+        yield
+        await run_in_threadpool(conductor.stop)
+
+    app = FastAPI(title="CalTrain host", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+    app.add_exception_handler(CaltrainError, _render)
+    _run_routes(app, conductor)
+    _party_routes(app, conductor)
+
+    @app.post("/v1/users/{user}/query")
+    async def query(user: str, request: Request) -> Response:
+        conductor.plan.user(user)
+        envelope = await _envelope(request, MAX_QUERY)
+        return Response(await run_in_threadpool(conductor.query, user, envelope), media_type="application/octet-stream")
+
+    return app
+
+
+def _run_routes(app: FastAPI, conductor: Conductor) -> None:
+    @app.get("/v1/plan")
+    async def plan() -> Response:
+        return Response(canonical_json(conductor.plan), media_type="application/json")
+
+    @app.get("/v1/run")
+    async def run() -> Response:
+        return _json(conductor.status)
+
+    @app.post("/v1/run/start")
+    async def start() -> Response:
+        conductor.start_training()
+        return _json(conductor.status)
+
+    @app.get("/v1/attestation")
+    async def attestation(purpose: str, nonce: str) -> Response:
+        checked = _convert((purpose, nonce), tuple[Purpose, Nonce])
+        return _json(await run_in_threadpool(conductor.attest, *checked))
+
+    @app.get("/v1/manifest")
+    async def manifest() -> Response:
+        if conductor.manifest is None:
+            raise ProtocolError(
+                "host.not-yet", "there is no manifest yet", step="get manifest", fix="Wait until all parties are in."
+            )
+        return FileResponse(conductor.store.path("manifest.json"), media_type="application/json")
+
+    @app.get("/v1/artifacts/{name:path}")
+    async def artifact(name: str) -> Response:
+        path = conductor.store.path(name) if ARTIFACTS.match(name) else None
+        if path is None or not path.is_file():
+            raise AccessError(
+                "http.no-such-artifact", f"no artifact {name[:80]!r}", step="get artifact", fix="Wait for its phase."
+            )
+        return FileResponse(path, media_type="application/octet-stream")
+
+
+def _party_routes(app: FastAPI, conductor: Conductor) -> None:
+    def forward(what: str, action: Callable[[str, Envelope], Envelope | None]) -> None:
+        @app.post(f"/v1/parties/{{party}}/{what}")
+        async def post(party: str, request: Request) -> Response:
+            conductor.plan.party(party)
+            answer = await run_in_threadpool(action, party, await _envelope(request, MAX_NOTE))
+            return _json(answer if answer is not None else {"accepted": True})
+
+    forward("approval", conductor.approve)
+    forward("provision", conductor.provision)
+    forward("countersignature", conductor.countersign)
+    forward("disclosure", conductor.disclose)
+
+    @app.put("/v1/parties/{party}/shards/{shard}")
+    async def put_shard(party: str, shard: str, request: Request) -> Response:
+        try:
+            header = await receive_shard(conductor.store, conductor.plan, party, shard, request)
+        except ClientDisconnect:
+            raise ProtocolError(
+                "upload.cut-short", "the upload broke off", step="receive shard", fix="Send the shard again."
+            ) from None
+        conductor.notify()
+        return _json(header)
+
+
+async def _render(request: Request, error: Exception) -> Response:
+    if not isinstance(error, CaltrainError):
+        raise error
+    status = _BY_CODE.get(error.code) or _STATUS.get(type(error), 400)
+    headers = {"Retry-After": "2"} if status in {429, 503} else {}
+    # The rest of a refused body is never read: the connection ends with the answer.
+    return _json({"error": error.diagnostics()}, status=status, headers=headers | {"Connection": "close"})
+
+
+def _json(value: Any, *, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    return Response(msgspec.json.encode(value), status_code=status, media_type="application/json", headers=headers)
+
+
+async def _envelope(request: Request, limit: int) -> Envelope:
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > limit:
+            raise ProtocolError(
+                "upload.too-large",
+                f"a body of more than {limit} bytes",
+                step="receive message",
+                fix="Send the message that the caltrain command wrote, nothing else.",
+            )
+    return envelope_from_json(bytes(body), step="receive message")
+
+
+def _convert(value: Any, type_: Any) -> Any:
+    try:
+        return msgspec.convert(value, type_)
+    except msgspec.ValidationError as error:
+        raise ProtocolError(
+            "http.bad-argument",
+            str(error),
+            step="read query",
+            fix="Send purpose=training|query and a 32-byte hex nonce.",
+        ) from None

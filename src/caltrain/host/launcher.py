@@ -1,0 +1,197 @@
+"""Start the enclave program, and speak with it: one request at a time, serving its calls while it works."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from caltrain.boundary.channel import Channel
+from caltrain.boundary.messages import (
+    REPLIES_AND_CALLS,
+    Boot,
+    CallFailed,
+    CommitCenter,
+    Data,
+    Done,
+    Failed,
+    Progress,
+    Read,
+    Ready,
+    Request,
+    Stop,
+    Write,
+)
+from caltrain.boundary.ring import Ring, Side, create_ring_memory
+from caltrain.boundary.tensors import TensorHead
+from caltrain.crypto.dsse import Envelope
+from caltrain.errors import CaltrainError, EnvironmentFault, ProtocolError, from_wire
+from caltrain.host.confine import confined_command, enclave_environment, find_bubblewrap
+from caltrain.host.store import Store
+
+OnProgress = Callable[[Progress], None]
+OnEvents = Callable[[tuple[Envelope, ...]], None]
+_STOP_SECONDS = 10
+_BUSY_SECONDS = 5.0
+
+
+class CenterWorker(Protocol):
+    """Runs the CenterNet: takes a tensor of a step, sends back what is due."""
+
+    def take(self, head: TensorHead, tensor: Tensor, channel: Channel) -> None:
+        """Handle one tensor of the enclave's."""
+
+    def commitment(self) -> bytes:
+        """Digest (32 bytes) of the CenterNet's present state."""
+
+
+@dataclass
+class Enclave:
+    """A running enclave program. `request` may be called from any thread."""
+
+    process: subprocess.Popen[bytes]
+    channel: Channel
+    store: Store
+    ready: Ready
+    on_progress: OnProgress
+    on_events: OnEvents
+    center: CenterWorker | None = None
+
+    def __post_init__(self) -> None:
+        self._lock = threading.Lock()
+
+    def request(self, message: Request, *, wait: float = _BUSY_SECONDS) -> Done:
+        """Send a request, serve its calls, return its reply. Raises the enclave's error, or `enclave.busy`."""
+        if not self._lock.acquire(timeout=wait):
+            raise EnvironmentFault(
+                "enclave.busy",
+                "the enclave is at work on the run",
+                step=f"request {type(message).__name__}",
+                fix="Try again in a few seconds.",
+            )
+        try:
+            return self._converse(message)
+        finally:
+            self._lock.release()
+
+    def stop(self) -> None:
+        """End the program: politely where it listens, otherwise by signal."""
+        if self.process.poll() is None and self._lock.acquire(timeout=0.2):
+            try:
+                self.channel.send(Stop())
+            except EnvironmentFault:
+                pass  # it is gone already, or about to be
+            finally:
+                self._lock.release()
+        self.channel.close()
+        try:
+            self.process.wait(timeout=_STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
+    def _converse(self, message: Request) -> Done:
+        self.channel.send(message)
+        while True:
+            got = self.channel.receive_any(REPLIES_AND_CALLS)
+            match got:
+                case Done():
+                    self.on_events(got.events)  # before the next request, so that they are kept in order
+                    return got
+                case Failed():
+                    raise from_wire(got.error)
+                case Progress():
+                    self.on_progress(got)
+                case Read() | Write() | CommitCenter():
+                    self.channel.send(self._serve(got))
+                case (head, tensor):
+                    self._to_center(head, tensor)
+                case _:
+                    raise _misbehaves("an answer that is not due")
+
+    def _serve(self, call: Read | Write | CommitCenter) -> Data | CallFailed:
+        try:
+            match call:
+                case Read():
+                    return Data(self.store.read(call.name, offset=call.offset, length=call.length))
+                case Write():
+                    self.store.write(call.name, call.data, offset=call.offset)
+                    return Data()
+                case CommitCenter():
+                    return Data(self._center().commitment())
+        except CaltrainError as error:
+            return CallFailed(error.diagnostics())
+
+    def _to_center(self, head: TensorHead, tensor: Tensor) -> None:
+        try:
+            self._center().take(head, tensor, self.channel)
+        except CaltrainError as error:
+            self.channel.send(CallFailed(error.diagnostics()))
+
+    def _center(self) -> CenterWorker:
+        if self.center is None:
+            raise _misbehaves("a tensor before there is a CenterNet")
+        return self.center
+
+
+def launch(
+    store: Store,
+    *,
+    slot_bytes: int,
+    threads: int,
+    root_secret: bytes,
+    on_progress: OnProgress,
+    on_events: OnEvents,
+    log: int,
+) -> Enclave:
+    """Start the enclave as a program of its own and wait until it has locked itself down.
+
+    `log` is a descriptor for its standard error. Raises EnvironmentFault `enclave.did-not-start`.
+    """
+    ours, theirs = socket.socketpair()
+    ring_fd = create_ring_memory(slot_bytes)
+    environment = enclave_environment(threads)
+    arguments = [str(n) for n in (theirs.fileno(), ring_fd, slot_bytes, threads)]
+    argv = [sys.executable, "-I", "-m", "caltrain.enclave", *arguments]
+    command = confined_command(argv, bwrap=find_bubblewrap().bwrap, read_only=(), environment=environment)
+    try:
+        process = subprocess.Popen(
+            command,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            pass_fds=(theirs.fileno(), ring_fd),
+        )
+        ring = Ring(ring_fd, slot_bytes=slot_bytes, side=Side.HOST)
+    finally:
+        theirs.close()
+        os.close(ring_fd)
+    channel = Channel(ours, ring)
+    try:
+        channel.send(Boot("simulated", root_secret))
+        ready = channel.receive(REPLIES_AND_CALLS)
+        if not isinstance(ready, Ready):
+            raise _misbehaves("its first words are not Ready")
+    except CaltrainError as error:
+        process.kill()
+        raise EnvironmentFault(
+            "enclave.did-not-start",
+            f"the enclave program ended at once (exit status {process.wait()}): {error.what}",
+            step="launch enclave",
+            fix="Read enclave.log in the host's folder; `caltrain doctor` says what the sandbox needs.",
+        ) from error
+    return Enclave(process, channel, store, ready, on_progress, on_events)
+
+
+def _misbehaves(what: str) -> ProtocolError:
+    return ProtocolError(
+        "door.unexpected", f"the enclave misbehaves: {what}", step="serve enclave", fix="Stop it; both ends must match."
+    )

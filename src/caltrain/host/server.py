@@ -1,0 +1,42 @@
+"""Run the host server until it is told to stop."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+
+import uvicorn
+
+from caltrain.crypto.dsse import SigningKey
+from caltrain.errors import EnvironmentFault
+from caltrain.host.api import create_app
+from caltrain.host.conductor import Conductor
+from caltrain.host.store import Store
+from caltrain.plan import Plan
+
+
+def bind(address: str, port: int) -> socket.socket:
+    """A listening socket. Raises EnvironmentFault `host.port-in-use`. Port 0 takes a free one."""
+    sock = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        sock.bind((address, port))
+        sock.listen(128)
+    except OSError as error:
+        sock.close()
+        raise EnvironmentFault(
+            "host.port-in-use",
+            f"cannot listen on {address}:{port}: {error.strerror}",
+            step="start host",
+            fix="Choose another --port, or stop the program that uses this one.",
+        ) from error
+    return sock
+
+
+def serve(plan: Plan, *, folder: Path, sock: socket.socket, root: SigningKey, auto_start: bool) -> None:
+    """Serve one run from `folder` on a bound socket until SIGINT or SIGTERM; the enclave ends with it."""
+    conductor = Conductor(plan, Store(folder), root_secret=root.private_bytes(), auto_start=auto_start)
+    config = uvicorn.Config(
+        create_app(conductor), log_level="warning", access_log=False, timeout_graceful_shutdown=5, lifespan="on"
+    )
+    uvicorn.Server(config).run(sockets=[sock])

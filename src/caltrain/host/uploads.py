@@ -1,0 +1,83 @@
+"""Receiving a sealed shard: its header is verified and its size known before a byte of it is kept."""
+
+from __future__ import annotations
+
+import io
+
+from fastapi import Request
+
+from caltrain.errors import IntegrityError, ProtocolError
+from caltrain.host.store import Store
+from caltrain.plan import Plan
+from caltrain.records import shard as shards
+
+MAX_SHARD_BYTES = 8 << 30
+_HEAD = len(shards.MAGIC) + 4 + shards.MAX_HEADER_BYTES
+_STEP = "receive shard"
+
+
+async def receive_shard(store: Store, plan: Plan, party: str, shard_id: str, request: Request) -> shards.ShardHeader:
+    """Stream a shard of `party` into the store. Nothing stays unless header, signature, name and length all fit.
+
+    Raises AccessError for an unknown party, IntegrityError for a bad shard, ProtocolError `upload.too-large`.
+    """
+    public_key = plan.party(party).public_key
+    declared = request.headers.get("content-length", "0")
+    if not declared.isdecimal() or int(declared) > MAX_SHARD_BYTES:
+        raise _too_large(MAX_SHARD_BYTES)
+    with store.incoming() as file:
+        head, expected, header = bytearray(), None, None
+        received = 0
+        async for chunk in request.stream():
+            received += len(chunk)
+            if header is None:
+                head += chunk
+                if len(head) < _HEAD and not _complete(head):
+                    continue
+                header, expected = _open(bytes(head), plan, party, shard_id, public_key)
+                chunk = bytes(head)  # noqa: PLW2901  # everything so far goes to disk at once
+            if expected is not None and received > expected:
+                raise _too_large(expected)
+            file.write(chunk)
+        if header is None or received != expected:
+            raise IntegrityError(
+                "upload.cut-short",
+                f"the shard has {received} bytes, its header announces {expected or 'more'}",
+                step=_STEP,
+                fix="Send the whole shard again.",
+            )
+        store.publish(file, f"shards/{party}/{shard_id}")
+    return header
+
+
+def _complete(head: bytearray) -> bool:
+    """Whether the header is all there."""
+    start = len(shards.MAGIC) + 4
+    return len(head) >= start and len(head) >= start + int.from_bytes(head[start - 4 : start], "little")
+
+
+def _open(head: bytes, plan: Plan, party: str, shard_id: str, public_key: str) -> tuple[shards.ShardHeader, int]:
+    """Verified header and the total length that it announces."""
+    envelope, offset = shards.read_header(io.BytesIO(head), step=_STEP)
+    header = shards.open_header(envelope, contributor=party, public_key=public_key, step=_STEP)
+    if header.shard != shard_id:
+        raise IntegrityError(
+            "upload.other-name",
+            "the shard's header names another shard",
+            step=_STEP,
+            fix="Send a shard under the id that it was sealed with.",
+        )
+    if header.schema != plan.data.digest() or header.frame_bytes != shards.frame_bytes(plan.data):
+        raise IntegrityError(
+            "upload.other-schema",
+            "the shard was sealed for another schema than the plan's",
+            step=_STEP,
+            fix="Seal the records again with this plan.",
+        )
+    return header, offset + header.records * header.frame_bytes
+
+
+def _too_large(limit: int) -> ProtocolError:
+    return ProtocolError(
+        "upload.too-large", f"a body of more than {limit} bytes", step=_STEP, fix="Seal into smaller shards."
+    )

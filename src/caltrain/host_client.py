@@ -1,0 +1,155 @@
+"""How a party or a model user reaches the host over HTTP. The host is hostile: every answer is bounded and typed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+import httpx
+import msgspec
+
+from caltrain.crypto.dsse import MAX_ENVELOPE_BYTES, Envelope
+from caltrain.errors import CaltrainError, EnvironmentFault, ProtocolError, from_wire
+
+MAX_ARTIFACT = 8 << 30
+_RETRIES = 8
+_STEP = "talk to host"
+T = TypeVar("T")
+
+
+class RunStatus(msgspec.Struct):
+    """What the host says of the run: for people to look at, never to rely on."""
+
+    phase: str
+    simulated: bool = True
+    done: int = 0
+    total: int = 0
+    epoch: int = 0
+    epochs: int = 0
+    loss: float | None = None
+    images_per_second: float | None = None
+    waiting_for: list[str] = []
+    ignored: list[str] = []
+    sandbox: dict[str, str] = {}
+    error: dict[str, str] | None = None
+
+
+class HostClient:
+    """A connection to one host. `transport` is for tests."""
+
+    def __init__(self, url: str, *, transport: httpx.BaseTransport | None = None) -> None:
+        timeout = httpx.Timeout(60, connect=10)
+        # trust_env off: proxies from the environment have no business between a party and its host.
+        self._http = httpx.Client(base_url=url, timeout=timeout, transport=transport, trust_env=False)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._http.close()
+
+    def get(self, path: str, type_: type[T], *, params: dict[str, str] | None = None) -> T:
+        """GET JSON of a known type."""
+        return _decode(self._call("GET", path, params=params), type_)
+
+    def post(self, path: str, envelope: Envelope | None, type_: type[T]) -> T:
+        """POST a signed envelope, get JSON of a known type."""
+        body = b"" if envelope is None else msgspec.json.encode(envelope)
+        return _decode(self._call("POST", path, content=body), type_)
+
+    def post_bytes(self, path: str, envelope: Envelope, *, limit: int) -> bytes:
+        """POST a signed envelope, get bytes."""
+        return self._call("POST", path, content=msgspec.json.encode(envelope), limit=limit)
+
+    def artifact(self, name: str, *, limit: int = MAX_ARTIFACT) -> bytes:
+        """What the run left under that name."""
+        return self._call("GET", f"/v1/artifacts/{name}", limit=limit)
+
+    def upload(self, path: str, file: Path) -> None:
+        """PUT a file, streamed."""
+
+        def chunks() -> Iterator[bytes]:
+            with file.open("rb") as stream:
+                while chunk := stream.read(1 << 20):
+                    yield chunk
+
+        self._call("PUT", path, content=chunks(), headers={"Content-Length": str(file.stat().st_size)})
+
+    def status(self) -> RunStatus:
+        """The host's word on the run."""
+        return self.get("/v1/run", RunStatus)
+
+    def wait_for(self, phases: set[str], *, seconds: float, poll: float = 0.25) -> RunStatus:
+        """Poll until the run is in one of `phases`. Raises the run's error, or `host.too-slow`."""
+        deadline = time.monotonic() + seconds
+        while True:
+            status = self.status()
+            if status.error is not None:
+                raise from_wire(status.error)
+            if status.phase in phases:
+                return status
+            if time.monotonic() > deadline:
+                awaited = ", ".join(status.waiting_for) or "itself"
+                raise EnvironmentFault(
+                    "host.too-slow",
+                    f"the run is still in phase {status.phase!r}, waiting for {awaited}",
+                    step=f"wait for {' or '.join(sorted(phases))}",
+                    fix="Ask those who are waited for, or wait longer with --timeout.",
+                )
+            time.sleep(poll)
+
+    def _call(self, method: str, path: str, *, limit: int = MAX_ENVELOPE_BYTES, **options: Any) -> bytes:
+        for attempt in range(_RETRIES):
+            try:
+                status, body = self._once(method, path, limit, options)
+            except httpx.TransportError as error:
+                raise EnvironmentFault(
+                    "host.unreachable",
+                    f"no answer from the host: {type(error).__name__}: {error}",
+                    step=_STEP,
+                    fix="Check the address, and that the host is running.",
+                ) from error
+            if status < 400:
+                return body
+            failure = _failure(status, body)
+            if failure.code != "enclave.busy" or attempt == _RETRIES - 1:
+                raise failure
+            time.sleep(1)
+        raise AssertionError("unreachable")  # pragma: no cover
+
+    def _once(self, method: str, path: str, limit: int, options: dict[str, Any]) -> tuple[int, bytes]:
+        with self._http.stream(method, path, **options) as response:
+            body = bytearray()
+            for chunk in response.iter_bytes():
+                body += chunk
+                if len(body) > limit:
+                    raise _garbage(f"more than {limit} bytes for {path}")
+            return response.status_code, bytes(body)
+
+
+def _decode(body: bytes, type_: type[T]) -> T:
+    try:
+        return msgspec.json.decode(body, type=type_)
+    except msgspec.MsgspecError as error:
+        raise _garbage(str(error)) from None
+
+
+def _failure(status: int, body: bytes) -> CaltrainError:
+    try:
+        return from_wire(msgspec.json.decode(body, type=dict[str, dict[str, str]])["error"])
+    except (msgspec.MsgspecError, KeyError):
+        return _garbage(f"HTTP status {status} without a readable error")
+
+
+def _garbage(what: str) -> ProtocolError:
+    return ProtocolError(
+        "host.garbage",
+        f"the host's answer makes no sense: {what}",
+        step=_STEP,
+        fix="Check that the address is a caltrain host of the same version. Nothing was handed over.",
+    )

@@ -1,0 +1,1 @@
+"""A contributor, on its own machine: keys, sealing, approval, joining a run, disclosure."""

@@ -1,0 +1,56 @@
+"""Disclose one record: its bytes, salt and inclusion proof, signed by its contributor."""
+
+from __future__ import annotations
+
+import base64
+
+from caltrain.crypto.dsse import Envelope
+from caltrain.crypto.merkle import inclusion_proof
+from caltrain.errors import LineageError
+from caltrain.participant.identity import Identity
+from caltrain.participant.seal import shard_path
+from caltrain.plan import Plan
+from caltrain.records import shard as shards
+from caltrain.records.commitment import RecordRef, commit
+from caltrain.records.disclosure import Disclosure
+
+
+def disclose(identity: Identity, plan: Plan, reference: RecordRef) -> Envelope:
+    """The signed disclosure (DSSE kind `disclosure`) of one of our records.
+
+    Raises LineageError `disclose.no-such-record`, IntegrityError when our own shard is damaged.
+    """
+    path = shard_path(identity, reference.shard)
+    if reference.party != identity.name or not path.is_file():
+        raise _no_such(reference, identity.name)
+    step = f"read {path.name}"
+    commitments: list[bytes] = []
+    found: tuple[bytes, bytes] | None = None
+    with path.open("rb") as file:
+        envelope, _ = shards.read_header(file, step=step)
+        header = shards.open_header(envelope, contributor=identity.name, public_key=identity.signer.public, step=step)
+        chunks = shards.read_chunks(file)
+        for leaf, salt, record in shards.open_frames(header, identity.data_key, chunks, schema=plan.data, step=step):
+            commitments.append(commit(RecordRef(identity.name, header.shard, leaf), salt=salt, record=record))
+            if leaf == reference.leaf:
+                found = salt, record
+    if found is None:
+        raise _no_such(reference, identity.name)
+    salt, record = found
+    disclosure = Disclosure(
+        record_ref=reference,
+        records=header.records,
+        salt=base64.b64encode(salt).decode(),
+        record=base64.b64encode(record).decode(),
+        proof=tuple(base64.b64encode(p).decode() for p in inclusion_proof(commitments, reference.leaf)),
+    )
+    return identity.signer.sign("disclosure", disclosure)
+
+
+def _no_such(reference: RecordRef, name: str) -> LineageError:
+    return LineageError(
+        "disclose.no-such-record",
+        f"{name} has no record {reference.party}/{reference.shard}/{reference.leaf}",
+        step="disclose",
+        fix="Name a record of a shard that this party sealed and still keeps.",
+    )

@@ -1,0 +1,124 @@
+"""After the run: open our part of the model, join it with the CenterNet, verify, keep the chain."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+
+from caltrain.boundary.sealed import ReleasedPart, SuspicionReport, open_for
+from caltrain.crypto.digests import Digest
+from caltrain.crypto.dsse import MAX_ENVELOPE_BYTES, Envelope, open_envelope
+from caltrain.errors import IntegrityError
+from caltrain.host_client import HostClient
+from caltrain.participant.identity import Identity
+from caltrain.plan import Plan, RunManifest
+from caltrain.provenance.chain import MAX_EVENTS, verify_chain
+from caltrain.provenance.statements import LinkedModel, ModelStatement
+
+_STEP = "receive model"
+
+
+class RunRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What a party keeps of a finished run beside the model (`run.json`)."""
+
+    manifest: RunManifest
+    model: Digest
+    linked: Envelope
+    head: Digest
+    run_seed: Annotated[str, msgspec.Meta(max_length=64)] = ""
+
+
+def run_folder(identity: Identity, run: str) -> Path:
+    """Where a party keeps a run."""
+    return identity.folder / "runs" / run
+
+
+def receive(host: HostClient, plan: Plan, identity: Identity, manifest: RunManifest) -> RunRecord:
+    """Fetch, verify and keep model, suspicion report and chain. Nothing is kept unless all of it verifies."""
+    key = manifest.enclave_signing_key
+    part = open_for(
+        identity.data_key,
+        "release/v1",
+        host.artifact(f"release/{identity.name}"),
+        ReleasedPart,
+        context=manifest.run,
+        step=_STEP,
+    )
+    statement = open_envelope(_envelope(host, "release.json"), "model", key, ModelStatement, step=_STEP)
+    linked_envelope = _envelope(host, "suspicion.json")
+    linked = open_envelope(linked_envelope, "linked-model", key, LinkedModel, step=_STEP)
+    same_model = part.model == statement.model == linked.model
+    if not same_model or (statement.manifest, linked.run) != (manifest.digest(), manifest.run):
+        raise _mismatch("release, statement and link do not speak of one model of this run")
+    weights = join_weights(plan, part.weights, host.artifact("center"), digest=part.model)
+    suspicion = open_for(
+        identity.data_key,
+        "suspicion/v1",
+        host.artifact(f"suspicion/{identity.name}"),
+        SuspicionReport,
+        context=manifest.run,
+        step=_STEP,
+    )
+    chain = read_chain(host.artifact("chain.jsonl"))
+    events = verify_chain(chain, run=manifest.run, signing_key=key)
+    record = RunRecord(
+        manifest=manifest,
+        model=part.model,
+        linked=linked_envelope,
+        head=events[-1].digest(),
+        run_seed=part.run_seed.hex(),
+    )
+    _keep(run_folder(identity, manifest.run), plan, weights, record, suspicion, chain)
+    return record
+
+
+def join_weights(plan: Plan, inner: bytes, center: bytes, *, digest: str) -> bytes:
+    """The whole model as safetensors. Raises IntegrityError unless it is the one that the enclave named."""
+    # Imported here: a party that only seals and approves needs no torch.
+    from caltrain.models.weights import decode_state, encode_state, model_digest  # noqa: PLC0415
+
+    state = decode_state(inner, step=_STEP) | decode_state(center, step=_STEP)
+    if model_digest(plan.model, state) != digest:
+        raise _mismatch("the joined model is not the one that the enclave signed")
+    return encode_state(state)
+
+
+def read_chain(raw: bytes) -> list[Envelope]:
+    """Envelopes of a chain log, one JSON line each."""
+    lines = raw.splitlines()
+    if len(lines) > MAX_EVENTS:
+        raise _mismatch(f"a chain of {len(lines)} events")
+    try:
+        return [msgspec.json.decode(line, type=Envelope) for line in lines]
+    except msgspec.MsgspecError as error:
+        raise _mismatch(f"the chain is not readable: {error}") from None
+
+
+def _envelope(host: HostClient, name: str) -> Envelope:
+    try:
+        return msgspec.json.decode(host.artifact(name, limit=MAX_ENVELOPE_BYTES), type=Envelope)
+    except msgspec.MsgspecError as error:
+        raise _mismatch(f"{name} is not an envelope: {error}") from None
+
+
+def _keep(
+    folder: Path, plan: Plan, weights: bytes, record: RunRecord, suspicion: SuspicionReport, chain: list[Envelope]
+) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "model.safetensors").write_bytes(weights)
+    (folder / "plan.json").write_bytes(msgspec.json.encode(plan))
+    (folder / "suspicion.json").write_bytes(msgspec.json.encode(suspicion))
+    (folder / "chain.jsonl").write_bytes(b"".join(msgspec.json.encode(e) + b"\n" for e in chain))
+    # Last, so that a folder with run.json is whole.
+    (folder / "run.json").write_bytes(msgspec.json.encode(record))
+
+
+def _mismatch(what: str) -> IntegrityError:
+    return IntegrityError(
+        "release.mismatch",
+        f"the released model was refused: {what}",
+        step=_STEP,
+        fix="Do not use it. Ask the host again, and compare digests with the other parties.",
+    )

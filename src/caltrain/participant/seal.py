@@ -1,0 +1,127 @@
+"""Seal a data set into shards, on the contributor's side."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from caltrain.errors import DataError
+from caltrain.participant.identity import Identity
+from caltrain.plan import MAX_SHARDS, ManifestShard
+from caltrain.records import shard as shards
+from caltrain.records.commitment import SALT_BYTES
+from caltrain.records.schema import DataSchema, encode_record
+
+DEFAULT_SHARD_RECORDS = 8192
+
+
+@dataclass(frozen=True)
+class SealedData:
+    """What sealing left: headers in order, and which input rows each shard holds (leaf i is row `rows[i]`)."""
+
+    headers: tuple[shards.ShardHeader, ...]
+    rows: tuple[tuple[int, ...], ...]
+    dropped: tuple[int, ...]
+
+
+def seal_records(
+    identity: Identity,
+    schema: DataSchema,
+    images: NDArray[np.generic],
+    labels: NDArray[np.int64],
+    *,
+    drop_duplicates: bool = False,
+    shard_records: int = DEFAULT_SHARD_RECORDS,
+) -> SealedData:
+    """Write shards of (N, C, H, W) images and (N,) labels into the party's folder.
+
+    Every record is checked first: on any error nothing is written. Raises DataError.
+    """
+    if len(images) != len(labels):
+        raise DataError(
+            "seal.lengths", f"{len(images)} images, {len(labels)} labels", step="seal", fix="Give one label an image."
+        )
+    encoded = [encode_record(schema, image, int(label)) for image, label in zip(images, labels, strict=True)]
+    kept, dropped = _distinct(encoded, drop=drop_duplicates)
+    groups = [tuple(kept[i : i + shard_records]) for i in range(0, len(kept), shard_records)]
+    if not groups or len(groups) > MAX_SHARDS:
+        raise DataError(
+            "seal.count", f"{len(kept)} records make {len(groups)} shards", step="seal", fix=f"Make 1 to {MAX_SHARDS}."
+        )
+    headers = tuple(_write(identity, schema, [encoded[row] for row in group]) for group in groups)
+    return SealedData(headers, tuple(groups), tuple(dropped))
+
+
+def _distinct(encoded: list[bytes], *, drop: bool) -> tuple[list[int], list[int]]:
+    seen: dict[bytes, int] = {}
+    kept: list[int] = []
+    dropped: list[int] = []
+    for row, record in enumerate(encoded):
+        first = seen.setdefault(shards.record_key(record), row)
+        (kept if first == row else dropped).append(row)
+    if dropped and not drop:
+        raise DataError(
+            "seal.duplicate-record",
+            f"{len(dropped)} records repeat others, the first is row {dropped[0]}",
+            step="seal",
+            fix="Remove them, or seal with --drop-duplicates.",
+        )
+    return kept, dropped
+
+
+def _write(identity: Identity, schema: DataSchema, records: list[bytes]) -> shards.ShardHeader:
+    shard_id = os.urandom(16).hex()
+    folder = identity.folder / "shards"
+    folder.mkdir(exist_ok=True)
+    temporary = folder / f".{shard_id}.part"
+    try:
+        with temporary.open("xb") as out:
+            header = shards.write_shard(
+                out,
+                signer=identity.signer,
+                data_key=identity.data_key,
+                contributor=identity.name,
+                shard_id=shard_id,
+                schema=schema,
+                records=records,
+                salts=(os.urandom(SALT_BYTES) for _ in records),
+            )
+            out.flush()
+            os.fsync(out.fileno())
+        temporary.rename(shard_path(identity, shard_id))
+    finally:
+        temporary.unlink(missing_ok=True)
+    return header
+
+
+def shard_path(identity: Identity, shard_id: str) -> Path:
+    """Where the party keeps a sealed shard."""
+    return identity.folder / "shards" / f"{shard_id}.shard"
+
+
+def own_shards(identity: Identity) -> tuple[ManifestShard, ...]:
+    """The party's sealed shards in a fixed order, each header verified. Raises DataError when there are none."""
+    found = []
+    for path in sorted((identity.folder / "shards").glob("*.shard")):
+        header = read_own_header(identity, path)
+        found.append(ManifestShard(shard=header.shard, root=header.root, records=header.records))
+    if not found:
+        raise DataError(
+            "seal.nothing",
+            f"{identity.name} has sealed nothing yet",
+            step="list shards",
+            fix="Run `caltrain party seal`.",
+        )
+    return tuple(found)
+
+
+def read_own_header(identity: Identity, path: Path) -> shards.ShardHeader:
+    """Verified header of one of our shard files."""
+    step = f"read {path.name}"
+    with path.open("rb") as file:
+        envelope, _ = shards.read_header(file, step=step)
+    return shards.open_header(envelope, contributor=identity.name, public_key=identity.signer.public, step=step)
