@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -84,10 +84,13 @@ class HostClient:
         """The host's word on the run."""
         return self.get("/v1/run", RunStatus)
 
-    def wait_for(self, phases: set[str], *, seconds: float, poll: float = 0.25) -> RunStatus:
+    def wait_for(
+        self, phases: set[str], *, seconds: float, poll: float = 0.25, on_poll: Callable[[], None] = lambda: None
+    ) -> RunStatus:
         """Poll until the run is in one of `phases`. Raises the run's error, or `host.too-slow`."""
         deadline = time.monotonic() + seconds
         while True:
+            on_poll()
             status = self.status()
             if status.error is not None:
                 raise from_wire(status.error)

@@ -20,13 +20,14 @@ from caltrain.errors import AccessError, ConfigError, IntegrityError
 from caltrain.models.spec import ModelSpec, Partition, check_model
 from caltrain.records.commitment import PartyName, ShardId
 from caltrain.records.schema import DataSchema, check_schema
+from caltrain.records.shard import MAX_SHARD_RECORDS
 from caltrain.training.spec import TrainingSpec
 
 MAX_PLAN_BYTES = 1 << 20
 MAX_PARTIES = 256
 MAX_SHARDS = 4096
 
-Measurement = Annotated[str, msgspec.Meta(pattern=r"^sha384:[0-9a-f]{96}$")]
+Measurement = Annotated[str, msgspec.Meta(pattern=r"^sha384:[0-9a-f]{96}\Z")]
 Right = Literal["predict", "trace"]
 T = TypeVar("T")
 
@@ -36,7 +37,7 @@ class Party(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
 
     name: PartyName
     public_key: dsse.PublicKey
-    min_records: Annotated[int, msgspec.Meta(ge=1)] = 1
+    min_records: Annotated[int, msgspec.Meta(ge=1, le=MAX_SHARDS * MAX_SHARD_RECORDS)] = 1
 
 
 class User(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -108,7 +109,7 @@ class ManifestShard(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
 
     shard: ShardId
     root: Digest
-    records: Annotated[int, msgspec.Meta(ge=1)]
+    records: Annotated[int, msgspec.Meta(ge=1, le=MAX_SHARD_RECORDS)]
 
 
 class ManifestParty(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -169,12 +170,12 @@ def parse_toml(text: bytes, type_: type[T], *, what: str) -> T:
         if len(text) > MAX_PLAN_BYTES:
             raise msgspec.ValidationError("longer than the limit")
         return msgspec.convert(tomllib.loads(text.decode()), type=type_)
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except msgspec.ValidationError as error:
+        raise _invalid(what, error) from None
+    except (ValueError, RecursionError) as error:  # tomllib: bad syntax, bad UTF-8, endless digits or nesting
         raise ConfigError(
             f"{what}.not-toml", f"the {what} is not TOML: {error}", step=f"read {what}", fix="Correct the file."
         ) from None
-    except msgspec.ValidationError as error:
-        raise _invalid(what, error) from None
 
 
 def _invalid(what: str, error: msgspec.MsgspecError) -> ConfigError:

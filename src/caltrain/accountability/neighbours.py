@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_BLOCK = 2048
+_DISTANCES = 1 << 24  # at once: 64 MiB, however many records there are
 
 
 def squared_distances(queries: Tensor, fingerprints: Tensor) -> Tensor:
@@ -31,10 +31,13 @@ def label_disagreement(fingerprints: Tensor, labels: Tensor, *, k: int) -> Tenso
 
     Neighbours are of any label, the record itself excluded, each weighted by 1 / (distance + 0.05).
     """
-    scores = torch.empty(len(labels))
+    scores = torch.zeros(len(labels))
     k = min(k, len(labels) - 1)
-    for start in range(0, len(labels), _BLOCK):
-        rows = slice(start, start + _BLOCK)
+    if k < 1:  # one record alone: there is nobody to disagree with it
+        return scores
+    block = max(1, _DISTANCES // len(labels))
+    for start in range(0, len(labels), block):
+        rows = slice(start, start + block)
         distances = squared_distances(fingerprints[rows], fingerprints)
         own = torch.arange(start, start + len(distances))
         distances[torch.arange(len(distances)), own] = torch.inf

@@ -17,7 +17,7 @@ from caltrain.crypto.dsse import PublicKey
 from caltrain.crypto.hpke import HpkePublicKey
 
 NONCE_BYTES = 32
-Nonce = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}$")]
+Nonce = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}\Z")]
 Purpose = Literal["training", "query"]
 MAX_EVIDENCE = 1 << 20
 

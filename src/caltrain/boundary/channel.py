@@ -12,7 +12,7 @@ from torch import Tensor
 
 from caltrain.boundary import frames, tensors
 from caltrain.boundary.frames import FrameKind
-from caltrain.boundary.messages import Message
+from caltrain.boundary.messages import UNDECODABLE, Message
 from caltrain.boundary.ring import Ring
 from caltrain.boundary.tensors import Role, TensorHead
 from caltrain.errors import ProtocolError
@@ -62,7 +62,7 @@ class Channel:
             return self._tensor(body)
         try:
             return expected.decode(body)
-        except msgspec.MsgspecError as error:
+        except UNDECODABLE as error:
             raise _unexpected(str(error)) from None
 
     def receive_tensor(self, *, role: Role, run: str, epoch: int, step: int, or_message: Decoder[M]) -> Tensor | M:
@@ -84,7 +84,7 @@ class Channel:
             raise tensors.refuse(f"a head of {length} bytes")
         try:
             head = _HEADS.decode(body[_HEAD_LENGTH.size : start])
-        except msgspec.MsgspecError as error:
+        except UNDECODABLE as error:
             raise tensors.refuse(str(error)) from None
         if head.slot is None:
             return head, tensors.restore(head, body[start:])

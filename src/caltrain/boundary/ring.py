@@ -39,12 +39,19 @@ def create_ring_memory(slot_bytes: int) -> int:
     return fd
 
 
+def _seals(fd: int) -> int:
+    try:
+        return fcntl.fcntl(fd, fcntl.F_GET_SEALS)
+    except OSError:  # a file, a pipe: nothing that can be sealed
+        return 0
+
+
 class Ring:
     """One end of the ring."""
 
     def __init__(self, fd: int, *, slot_bytes: int, side: Side) -> None:
         size = 2 * SLOTS * slot_bytes
-        if os.fstat(fd).st_size != size or fcntl.fcntl(fd, fcntl.F_GET_SEALS) & _SEALS != _SEALS:
+        if slot_bytes < 1 or os.fstat(fd).st_size != size or _seals(fd) & _SEALS != _SEALS:
             raise ProtocolError(
                 "ring.not-sealed",
                 "the ring's memory has another size than announced, or its size is not sealed",

@@ -8,12 +8,12 @@ opens in one enclave, for one plan, one purpose and one nonce only.
 from __future__ import annotations
 
 import base64
-import binascii
 from typing import Annotated, Literal, TypeVar
 
 import msgspec
 
 from caltrain.attestation.evidence import Binding, Nonce
+from caltrain.boundary.messages import UNDECODABLE
 from caltrain.crypto import dsse, hpke
 from caltrain.crypto.aead import KEY_BYTES, seal, unseal
 from caltrain.crypto.digests import Digest, canonical_json, digest
@@ -143,7 +143,7 @@ def open_message(message: SealedMessage, type_: type[T], *, binding: Binding, ke
     try:
         plain = key.unseal(base64.b64decode(message.sealed, validate=True), info=transcript.encode(), step=step)
         return msgspec.msgpack.decode(plain, type=type_)
-    except (binascii.Error, msgspec.MsgspecError) as error:
+    except (ValueError, *UNDECODABLE) as error:  # ValueError: not base64
         raise _malformed(str(error), step) from None
 
 
@@ -157,7 +157,7 @@ def open_for(key: bytes, purpose: str, sealed: bytes, type_: type[T], *, context
     plain = unseal(derive(key, purpose), sealed, aad=context.encode(), step=step)
     try:
         return msgspec.msgpack.decode(plain, type=type_)
-    except msgspec.MsgspecError as error:
+    except UNDECODABLE as error:
         raise _malformed(str(error), step) from None
 
 

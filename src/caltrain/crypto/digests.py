@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import re
 from typing import Annotated
 
 import msgspec
@@ -15,10 +16,11 @@ import rfc8785
 
 from caltrain.errors import ConfigError, IntegrityError
 
-Digest = Annotated[str, msgspec.Meta(pattern=r"^sha256:[0-9a-f]{64}$")]
+Digest = Annotated[str, msgspec.Meta(pattern=r"^sha256:[0-9a-f]{64}\Z")]
 """Type of a digest field in a message: `sha256:` and 64 hex digits."""
 
 _PREFIX = b"caltrain:"
+_FORM = re.compile(r"sha256:[0-9a-f]{64}")
 
 
 def hash_parts(domain: str, *parts: bytes | memoryview) -> bytes:
@@ -42,23 +44,14 @@ def to_text(raw: bytes) -> str:
 
 def to_raw(text: str) -> bytes:
     """The 32 raw bytes of digest text. Raises IntegrityError for another algorithm or form."""
-    algorithm, _, value = text.partition(":")
-    if algorithm != "sha256" or len(value) != 64:
+    if not _FORM.fullmatch(text):
         raise IntegrityError(
             "digest.form",
             f"{text[:80]!r} is not a sha256 digest",
             step="read digest",
-            fix="Give it as sha256: and 64 hexadecimal digits.",
+            fix="Give it as sha256: and 64 hexadecimal digits in lower case.",
         )
-    try:
-        return bytes.fromhex(value)
-    except ValueError:
-        raise IntegrityError(
-            "digest.form",
-            f"{text[:80]!r} has digits that are not hexadecimal",
-            step="read digest",
-            fix="Give it as sha256: and 64 hexadecimal digits.",
-        ) from None
+    return bytes.fromhex(text.removeprefix("sha256:"))
 
 
 def same(a: str | bytes, b: str | bytes) -> bool:
@@ -71,11 +64,11 @@ def same(a: str | bytes, b: str | bytes) -> bool:
 def canonical_json(value: object) -> bytes:
     """RFC 8785 canonical JSON of a msgspec Struct or of builtins.
 
-    Raises ConfigError where the value has no canonical form (NaN, integers beyond 2**53).
+    Raises ConfigError where the value has no canonical form (NaN, integers beyond 2**53, nesting without end).
     """
     try:
         return rfc8785.dumps(msgspec.to_builtins(value))
-    except (rfc8785.CanonicalizationError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise ConfigError(
             "json.not-canonical",
             f"a value has no canonical JSON form: {error}",

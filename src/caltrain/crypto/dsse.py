@@ -21,8 +21,8 @@ _SCHEME = "ed25519:"
 _TYPE = "application/vnd.caltrain.{}.v1+json"
 MAX_ENVELOPE_BYTES = 8 << 20
 
-PublicKey = Annotated[str, msgspec.Meta(pattern=r"^ed25519:[A-Za-z0-9+/]{43}=$")]
-"""Type of a verification key in a message: `ed25519:` and base64 of 32 bytes."""
+PublicKey = Annotated[str, msgspec.Meta(pattern=r"^ed25519:[A-Za-z0-9+/]{42}[AEIMQUYcgkosw048]=\Z")]
+"""Type of a verification key in a message: `ed25519:` and base64 of 32 bytes, in its one canonical spelling."""
 
 T = TypeVar("T")
 
@@ -85,9 +85,12 @@ def _bad(reason: str, step: str) -> IntegrityError:
 
 def _decode_base64(text: str, what: str, step: str) -> bytes:
     try:
-        return base64.b64decode(text, validate=True)
+        raw = base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError):
         raise _bad(f"{what} is not base64", step) from None
+    if base64.b64encode(raw).decode() != text:  # the unused bits of the last digit: one message, one spelling
+        raise _bad(f"{what} is not canonical base64", step)
+    return raw
 
 
 def open_envelope(envelope: Envelope, kind: str, key: str, type_: type[T], *, step: str) -> T:
@@ -108,7 +111,7 @@ def open_envelope(envelope: Envelope, kind: str, key: str, type_: type[T], *, st
         raise _bad("it does not verify under the named key", step) from None
     try:
         return msgspec.json.decode(body, type=type_)
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, RecursionError) as error:
         raise IntegrityError(
             "payload.malformed",
             f"a signed {kind} payload does not have its form: {error}",

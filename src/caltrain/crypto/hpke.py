@@ -26,10 +26,10 @@ from cryptography.hazmat.primitives.hpke import (
 from caltrain.errors import IntegrityError
 
 _SUITE = Suite(KEM.MLKEM768_X25519, KDF.HKDF_SHA256, AEAD.AES_256_GCM)
-_KEY_BYTES = 1184 + 32
+_KEM_BYTES = 1184
 _SCHEME = "xwing:"
 
-HpkePublicKey = Annotated[str, msgspec.Meta(pattern=r"^xwing:[A-Za-z0-9+/]+=*$", max_length=1700)]
+HpkePublicKey = Annotated[str, msgspec.Meta(pattern=r"^xwing:[A-Za-z0-9+/]+=*\Z", max_length=1700)]
 """Type of an encryption key in a message: `xwing:` and base64 of ML-KEM-768 | X25519 public keys."""
 
 
@@ -59,10 +59,10 @@ def seal_to(public: str, plaintext: bytes, *, info: bytes) -> bytes:
     """Seal `plaintext` to a public key. Raises IntegrityError when the key is not one."""
     try:
         raw = base64.b64decode(public.removeprefix(_SCHEME), validate=True)
-        if not public.startswith(_SCHEME) or len(raw) != _KEY_BYTES:
-            raise ValueError("length")
+        if not public.startswith(_SCHEME):
+            raise ValueError("scheme")
         key = MLKEM768X25519PublicKey(
-            MLKEM768PublicKey.from_public_bytes(raw[:1184]), X25519PublicKey.from_public_bytes(raw[1184:])
+            MLKEM768PublicKey.from_public_bytes(raw[:_KEM_BYTES]), X25519PublicKey.from_public_bytes(raw[_KEM_BYTES:])
         )
         return _SUITE.encrypt(plaintext, key, info=info)
     except (ValueError, binascii.Error):

@@ -91,14 +91,21 @@ def _answer(run: Run, question: Question, inputs: Tensor, *, user: User, nonce: 
         embedding, logits = features_and_logits(model, x)
         features.append(embedding)
         scores.append(logits.softmax(1))
-    probabilities = torch.cat(scores)
+    embeddings, probabilities = torch.cat(features), torch.cat(scores)
+    if not bool(embeddings.isfinite().all() and probabilities.isfinite().all()):
+        raise DataError(
+            "query.overflow",
+            "the model's values for an input are not finite numbers",
+            step="query",
+            fix="Send inputs of the size that the model was trained on.",
+        )
     predicted = tuple(int(p) for p in probabilities.argmax(1))
     if question.kind == "predict":
         table = tuple(tuple(round(float(s), 6) for s in row) for row in probabilities)
         return Answers(model=run.model_digest, predicted=predicted, scores=table, budget_left=left)
     traces = tuple(
         _trace(run, plan, embedding, label, bytes(inputs[i].numpy().tobytes()), user=user, nonce=nonce, index=i)
-        for i, (embedding, label) in enumerate(zip(torch.cat(features), predicted, strict=True))
+        for i, (embedding, label) in enumerate(zip(embeddings, predicted, strict=True))
     )
     return Answers(model=run.model_digest, predicted=predicted, traces=traces, budget_left=left)
 

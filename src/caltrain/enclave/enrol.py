@@ -97,7 +97,7 @@ def make_manifest(run: Run, _message: MakeManifest) -> tuple[Done, State]:
         ManifestParty(name=p.name, key_id=key_id(vault.parties[p.name].data_key), shards=vault.parties[p.name].shards)
         for p in plan.parties
     )
-    run.manifest = RunManifest(
+    manifest = RunManifest(
         run=vault.run,
         plan=plan.digest(),
         evidence_kind=vault.attester.kind,
@@ -107,15 +107,16 @@ def make_manifest(run: Run, _message: MakeManifest) -> tuple[Done, State]:
         enclave_signing_key=vault.signing.public,
         parties=entries,
     )
-    if run.manifest.records() < plan.training.batch:
+    if manifest.records() < plan.training.batch:
         raise ProvisioningError(
             "manifest.too-few-records",
-            f"{run.manifest.records()} records do not fill one batch of {plan.training.batch}",
+            f"{manifest.records()} records do not fill one batch of {plan.training.batch}",
             step="make manifest",
             fix="Contribute more records, or agree on a smaller batch.",
         )
-    run.record("manifest", {"manifest": run.manifest.digest(), "records": run.manifest.records()})
-    return Done(signed=vault.signing.sign("run-manifest", run.manifest)), State.AGREEING
+    run.manifest = manifest
+    run.record("manifest", {"manifest": manifest.digest(), "records": manifest.records()})
+    return Done(signed=vault.signing.sign("run-manifest", manifest)), State.AGREEING
 
 
 def countersign(run: Run, message: Countersign) -> tuple[Done, State]:

@@ -131,7 +131,8 @@ def _element_bytes(schema: DataSchema) -> int:
 
 def unpack(rows: Rows, schema: DataSchema) -> tuple[Tensor, Tensor]:
     """Elements (N, C, H, W) in the schema's type and labels (N,) int64 of pool rows."""
-    elements = np.ascontiguousarray(rows[:, _HEAD:]).view(schema.numpy_dtype).reshape(-1, *schema.shape)
+    # A copy of its own, aligned and writable, as torch wants it: a lone row would be a view of what was read.
+    elements = rows[:, _HEAD:].copy().view(schema.numpy_dtype).reshape(-1, *schema.shape)
     return torch.from_numpy(elements), torch.from_numpy(_places(rows)["label"].astype(np.int64))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor, nn
 
 from caltrain.accountability.neighbours import label_disagreement
 from caltrain.boundary.messages import Done, Link, Release
@@ -12,8 +13,9 @@ from caltrain.crypto.merkle import merkle_root
 from caltrain.enclave.ingest import lineage, unpack
 from caltrain.enclave.run import Linkage, Run, State, present
 from caltrain.errors import IntegrityError
-from caltrain.models.network import build, features_and_logits, lay_out
+from caltrain.models.network import build, features_and_logits, lay_out, zone_of, zone_ranges
 from caltrain.models.weights import decode_state, encode_state, load_zone, model_digest, state_of
+from caltrain.plan import Plan
 from caltrain.provenance.statements import LinkedModel, ModelStatement
 from caltrain.training.batches import normalise
 
@@ -31,15 +33,12 @@ def release(run: Run, message: Release) -> tuple[Done, State]:
             step="release",
             fix="Stop trusting this host: it exchanged the CenterNet after training.",
         )
-    inner = state_of(*(zone.module for zone in (run.front, run.head) if zone is not None))
-    run.model = build(plan.model, input_shape=plan.data.shape)
-    load_zone(run.model, inner | center_state, step="release")
-    lay_out(run.model, channels_last=plan.training.channels_last)
-    run.model.eval()
+    front, head = state_of(present(run.front).module), state_of(run.head.module) if run.head else {}
+    run.model = _join(plan, (front, center_state, head))
     run.model_digest = model_digest(plan.model, state_of(run.model))
     part = ReleasedPart(
         model=run.model_digest,
-        weights=encode_state(inner),
+        weights=encode_state(front | head),
         run_seed=run.seed if plan.release.reveal_seed else b"",
     )
     sealed = {
@@ -61,6 +60,18 @@ def release(run: Run, message: Release) -> tuple[Done, State]:
     return Done(sealed=sealed, signed=run.vault.signing.sign("model", statement)), State.RELEASED
 
 
+def _join(plan: Plan, states: tuple[dict[str, Tensor], ...]) -> nn.Sequential:
+    """The whole model, for inference, from the states of FrontNet, CenterNet and HeadNet.
+
+    Each zone takes exactly the tensors that are its own: a CenterNet with more in it would replace ours.
+    """
+    model = build(plan.model, input_shape=plan.data.shape)
+    for layers, state in zip(zone_ranges(plan.model, plan.partition), states, strict=True):
+        load_zone(zone_of(model, layers), state, step="release")
+    lay_out(model, channels_last=plan.training.channels_last)
+    return model.eval()
+
+
 def link(run: Run, _message: Link) -> tuple[Done, State]:
     """One forward pass of all records, without augmentation: fingerprint, label, source, commitment of each."""
     plan, manifest, pool, model = present(run.plan), present(run.manifest), present(run.pool), present(run.model)
@@ -80,6 +91,13 @@ def link(run: Run, _message: Link) -> tuple[Done, State]:
             linkage.commitments.append(commitment)
         run.door.progress("link", start + len(rows), pool.shape.records)
     linkage.fingerprints, linkage.labels = torch.cat(features), torch.cat(labels)
+    if not bool(linkage.fingerprints.isfinite().all()):
+        raise IntegrityError(
+            "link.not-finite",
+            "the model's features of a record are not finite numbers",
+            step="link",
+            fix="Train again: the CenterNet, finite itself, overflows. The host may have made it so.",
+        )
     run.linkage = linkage
     root = merkle_root(sorted(linkage.commitments))
     statement = LinkedModel(

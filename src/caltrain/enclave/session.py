@@ -13,8 +13,9 @@
     linked     Attest, Query, RecordDisclosure        linked
     any        Stop                                   stopped
 
-A request that fails before the run began (up to `agreeing`) or after it ended (`linked`) changes nothing and can be
-sent again; one that fails between leaves a run that cannot be trusted, so it stops for good.
+A request that fails before the run began (up to `agreeing`) or after it ended (`linked`) changes nothing, save that
+the nonce and the budget that it used stay used; one that fails between leaves a run that cannot be trusted, so it
+stops for good. A request that the table does not have is refused without either.
 """
 
 from __future__ import annotations
@@ -88,30 +89,30 @@ def handle(run: Run, request: Request) -> Reply:
     if isinstance(request, Stop):
         run.state = State.STOPPED
         return Done()
-    before = run.state
+    before, fatal = run.state, False
     run.pending.clear()
     try:
         handler, allowed = _look_up(before, request)
+        # Decided before the handler runs: the code of its error may be the host's own words.
+        fatal = before not in _HARMLESS
         reply, after = handler(run, request)
         if after not in allowed:
-            raise _refused(f"{type(request).__name__} led from {before} to {after}")
+            raise _refused("session.other-state", f"{type(request).__name__} led from {before} to {after}")
+        events = tuple(run.chain.append(kind, body) for kind, body in run.pending)
     except CaltrainError as error:
-        fatal = before not in _HARMLESS and error.code != "session.not-now"
         if fatal:
             run.state = State.STOPPED
         return Failed(error.diagnostics(), fatal)
     run.state = after
-    return msgspec.structs.replace(reply, events=tuple(run.chain.append(kind, body) for kind, body in run.pending))
+    return msgspec.structs.replace(reply, events=events)
 
 
 def _look_up(state: State, request: Request) -> tuple[Handler, frozenset[State]]:
     entry = TABLE.get((state, type(request)))
     if entry is None:
-        raise _refused(f"{type(request).__name__} is not accepted while the run is {state}")
+        raise _refused("session.not-now", f"{type(request).__name__} is not accepted while the run is {state}")
     return entry
 
 
-def _refused(what: str) -> ProtocolError:
-    return ProtocolError(
-        "session.not-now", what, step="handle request", fix="Send requests in the order that the protocol gives."
-    )
+def _refused(code: str, what: str) -> ProtocolError:
+    return ProtocolError(code, what, step="handle request", fix="Send requests in the order that the protocol gives.")

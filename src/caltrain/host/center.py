@@ -34,7 +34,8 @@ class Center:
                     self._send(channel, out, "center-out", head)
             case "labels" if not ternary:
                 grad, loss = self._zone.backward_from_labels(tensor, epoch=epoch, step=step, steps=self._steps)
-                self._send(channel, torch.tensor([loss]), "loss", head)
+                if grad is not None:
+                    self._send(channel, torch.tensor([loss]), "loss", head)
                 self._send(channel, grad, "ir-grad", head)
             case "center-grad" if ternary:
                 grad = self._zone.backward(tensor, epoch=epoch, step=step, steps=self._steps)

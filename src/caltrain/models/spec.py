@@ -20,6 +20,7 @@ Width = Annotated[int, msgspec.Meta(ge=1, le=65_536)]
 Window = Annotated[int, msgspec.Meta(ge=1, le=64)]
 MAX_LAYERS = 512
 MAX_ACTIVATION = 1 << 26
+MAX_WEIGHTS = 1 << 30
 Shape = tuple[int, ...]
 
 
@@ -121,16 +122,25 @@ def _next_shape(index: int, layer: Layer, shape: Shape) -> Shape:
     return (layer.filters if isinstance(layer, Conv) else channels, *out)
 
 
+def _weights(layer: Layer, shape: Shape) -> int:
+    if isinstance(layer, Conv):
+        return layer.filters * shape[0] * layer.kernel**2
+    return layer.units * shape[0] if isinstance(layer, Linear) else 0
+
+
 def layer_shapes(spec: ModelSpec, input_shape: Shape) -> tuple[Shape, ...]:
     """Shapes without the batch: entry i is the input of layer i, the last one the model's output.
 
-    Raises ConfigError `model.shape` or `model.too-large`.
+    Raises ConfigError `model.shape`, or `model.too-large` (elements of one record's activation, weights in all).
     """
-    shapes = [input_shape]
+    shapes, weights = [input_shape], 0
     for index, layer in enumerate(spec.layers):
         shapes.append(_next_shape(index, layer, shapes[-1]))
         if math.prod(shapes[-1]) > MAX_ACTIVATION:
             raise _refuse("model.too-large", f"layer {index} gives {shapes[-1]} for one record")
+        weights += _weights(layer, shapes[-2])
+        if weights > MAX_WEIGHTS:
+            raise _refuse("model.too-large", f"the model up to layer {index} has {weights} weights")
     return tuple(shapes)
 
 

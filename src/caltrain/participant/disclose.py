@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import base64
+from typing import Any
 
+from caltrain.boundary.sealed import DisclosureNote
+from caltrain.crypto.digests import to_text
 from caltrain.crypto.dsse import Envelope
 from caltrain.crypto.merkle import inclusion_proof
 from caltrain.errors import LineageError
+from caltrain.host_client import HostClient
 from caltrain.participant.identity import Identity
 from caltrain.participant.seal import shard_path
 from caltrain.plan import Plan
@@ -15,8 +19,8 @@ from caltrain.records.commitment import RecordRef, commit
 from caltrain.records.disclosure import Disclosure
 
 
-def disclose(identity: Identity, plan: Plan, reference: RecordRef) -> Envelope:
-    """The signed disclosure (DSSE kind `disclosure`) of one of our records.
+def disclose(identity: Identity, plan: Plan, reference: RecordRef) -> tuple[Envelope, str]:
+    """The signed disclosure (DSSE kind `disclosure`) of one of our records, and the record's commitment.
 
     Raises LineageError `disclose.no-such-record`, IntegrityError when our own shard is damaged.
     """
@@ -44,7 +48,14 @@ def disclose(identity: Identity, plan: Plan, reference: RecordRef) -> Envelope:
         record=base64.b64encode(record).decode(),
         proof=tuple(base64.b64encode(p).decode() for p in inclusion_proof(commitments, reference.leaf)),
     )
-    return identity.signer.sign("disclosure", disclosure)
+    return identity.signer.sign("disclosure", disclosure), to_text(commitments[reference.leaf])
+
+
+def note_disclosure(host: HostClient, identity: Identity, *, run: str, commitment: str) -> None:
+    """Have the enclave put into the chain that we disclosed the record of this commitment."""
+    note = DisclosureNote(run=run, party=identity.name, commitment=commitment)
+    envelope = identity.signer.sign("disclosure-note", note)
+    host.post(f"/v1/parties/{identity.name}/disclosure", envelope, dict[str, Any])
 
 
 def _no_such(reference: RecordRef, name: str) -> LineageError:

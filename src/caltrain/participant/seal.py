@@ -14,6 +14,7 @@ from caltrain.participant.identity import Identity
 from caltrain.plan import MAX_SHARDS, ManifestShard
 from caltrain.records import shard as shards
 from caltrain.records.commitment import SALT_BYTES
+from caltrain.records.readers import Dataset
 from caltrain.records.schema import DataSchema, encode_record
 
 DEFAULT_SHARD_RECORDS = 8192
@@ -54,6 +55,26 @@ def seal_records(
         )
     headers = tuple(_write(identity, schema, [encoded[row] for row in group]) for group in groups)
     return SealedData(headers, tuple(groups), tuple(dropped))
+
+
+def plan_labels(part: Dataset, schema: DataSchema) -> NDArray[np.int64]:
+    """Labels (N,) of a data set in the plan's numbering: by class name, or as they are where classes have no names.
+
+    A party's own numbering means nothing to the others. Raises DataError `seal.unknown-class`.
+    """
+    numbered = part.class_names == tuple(str(i) for i in range(len(part.class_names)))
+    if numbered and len(part.class_names) <= len(schema.classes):
+        return part.labels
+    unknown = sorted(set(part.class_names) - set(schema.classes))
+    if unknown:
+        raise DataError(
+            "seal.unknown-class",
+            f"the data have classes that the plan does not: {unknown[:5]}",
+            step="seal",
+            fix="Rename the classes, or agree on a plan that has them.",
+        )
+    table = np.array([schema.classes.index(name) for name in part.class_names], np.int64)
+    return table[part.labels]
 
 
 def _distinct(encoded: list[bytes], *, drop: bool) -> tuple[list[int], list[int]]:

@@ -84,7 +84,8 @@ def verify_chain(
     if len(envelopes) > MAX_EVENTS:
         raise _broken("chain.too-long", f"{len(envelopes)} events", "Refuse it.")
     events: list[Event] = []
-    current, seen = empty_head(run), head is None
+    current = empty_head(run)
+    seen = head is None or head == current
     for index, envelope in enumerate(envelopes):
         event = dsse.open_envelope(envelope, "event", signing_key, Event, step=f"verify event {index}")
         if event.run != run or event.sequence != index or not same(event.previous, current):

@@ -15,8 +15,8 @@ from caltrain.crypto.digests import hash_parts
 
 SALT_BYTES = 32
 
-ShardId = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{32}$")]
-PartyName = Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9][a-z0-9-]{0,39}$")]
+ShardId = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{32}\Z")]
+PartyName = Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9][a-z0-9-]{0,39}\Z")]
 Leaf = Annotated[int, msgspec.Meta(ge=0, lt=1 << 32)]
 
 

@@ -21,7 +21,7 @@ _DTYPES: dict[str, tuple[int, np.dtype[np.generic]]] = {
 }
 
 Dimension = Annotated[int, msgspec.Meta(ge=1, le=4096)]
-Name = Annotated[str, msgspec.Meta(min_length=1, max_length=60, pattern=r"^[A-Za-z0-9][A-Za-z0-9 ._/-]*$")]
+Name = Annotated[str, msgspec.Meta(min_length=1, max_length=60, pattern=r"^[A-Za-z0-9][A-Za-z0-9 ._/-]*\Z")]
 
 
 class DataSchema(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

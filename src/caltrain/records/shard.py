@@ -95,10 +95,18 @@ def write_shard(
     )
     envelope = msgspec.json.encode(signer.sign("shard-header", header))
     out.write(MAGIC + struct.pack("<I", len(envelope)) + envelope)
+    out.writelines(seal_frames(header, data_key, rows))
+    return header
+
+
+def seal_frames(header: ShardHeader, data_key: bytes, rows: Iterable[tuple[bytes, bytes]]) -> Iterator[bytes]:
+    """Yield the frames of (salt, canonical record) rows in leaf order: the inverse of `open_frames`.
+
+    Once for a header: its frame key and the leaf index are the nonce's whole protection.
+    """
     cipher = frame_cipher(header, data_key)
     for leaf, (salt, record) in enumerate(rows):
-        out.write(cipher.seal(leaf, salt + record))
-    return header
+        yield cipher.seal(leaf, salt + record)
 
 
 def _check_rows(records: list[bytes]) -> None:
@@ -113,7 +121,7 @@ def _check_rows(records: list[bytes]) -> None:
         )
     seen: dict[bytes, int] = {}
     for leaf, record in enumerate(records):
-        first = seen.setdefault(record_key(record), leaf)
+        first = seen.setdefault(record, leaf)  # the bytes themselves: in memory anyway, and cheaper than a digest
         if first != leaf:
             raise DataError(
                 "shard.duplicate-record",
@@ -162,20 +170,43 @@ def open_frames(
         raise _damaged("it was sealed for another schema", step)
     if header.key_id != key_id(data_key):
         raise _damaged("it was sealed under another data key than the one handed over", step)
-    cipher, size = frame_cipher(header, data_key), header.frame_bytes
-    pending, leaf = b"", 0
-    for chunk in chunks:
-        buffer = memoryview(pending + chunk) if pending else memoryview(chunk)
-        whole = len(buffer) // size
-        if leaf + whole > header.records:
+    unseal, size, leaf = frame_cipher(header, data_key).unseal, header.frame_bytes, 0
+    cut = struct.Struct(f"{size}s").iter_unpack
+    split = struct.Struct(f"{SALT_BYTES}s{schema.record_bytes}s").unpack
+    for run in _whole_frames(chunks, size):
+        if leaf + -(-len(run) // size) > header.records:
             raise _damaged("it is longer than its header says", step)
-        for i in range(whole):
-            plain = cipher.unseal(leaf, buffer[i * size : (i + 1) * size], step=step)
-            yield leaf, plain[:SALT_BYTES], plain[SALT_BYTES:]
+        if len(run) % size:
+            raise _damaged(f"it ends inside the frame of record {leaf}", step)
+        for (frame,) in cut(run):
+            salt, record = split(unseal(leaf, frame, step=step))
+            yield leaf, salt, record
             leaf += 1
-        pending = bytes(buffer[whole * size :])
-    if pending or leaf != header.records:
-        raise _damaged(f"it has {leaf} whole records, its header says {header.records}", step)
+    if leaf != header.records:
+        raise _damaged(f"it has {leaf} records, its header says {header.records}", step)
+
+
+def _whole_frames(chunks: Iterable[bytes], size: int) -> Iterator[memoryview]:
+    """The chunks as runs of whole frames; what is left at the end, less than a frame, comes last.
+
+    Only a frame that lies across chunks is copied.
+    """
+    part = bytearray()
+    for chunk in chunks:
+        view = memoryview(chunk)
+        if part:
+            missing = size - len(part)
+            part += view[:missing]
+            view = view[missing:]
+            if len(part) < size:
+                continue
+            yield memoryview(part)
+        whole = len(view) - len(view) % size
+        if whole:
+            yield view[:whole]
+        part = bytearray(view[whole:])
+    if part:
+        yield memoryview(part)
 
 
 def read_chunks(stream: BinaryIO, size: int = 1 << 20) -> Iterator[bytes]:

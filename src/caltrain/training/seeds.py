@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from caltrain.crypto.kdf import derive
 
 SEED_BYTES = 32
+_WORDS, _WORDS_AT = 624, 24  # the generator's state: 24 bytes of counters, then 624 words of 32 bits in 8 bytes each
 
 
 def run_seed(enclave_randomness: bytes, entropies: Sequence[bytes]) -> bytes:
@@ -55,9 +56,14 @@ class Draws:
 
 
 def _generator(seed: bytes, name: str, *position: int) -> torch.Generator:
-    raw = derive(seed, f"draw/{name}/v1", *(p.to_bytes(8, "big") for p in position), length=8)
-    # 63 bits: torch takes a signed 64-bit seed.
-    return torch.Generator().manual_seed(int.from_bytes(raw, "big") >> 1)
+    # `manual_seed` keeps 32 bits of its seed, so few that a host could try them all on the FrontNet's first weights.
+    # The key therefore fills the whole state of torch's generator (Mersenne Twister).
+    raw = derive(seed, f"draw/{name}/v1", *(p.to_bytes(8, "big") for p in position), length=4 * _WORDS)
+    generator = torch.Generator().manual_seed(0)
+    state = generator.get_state()
+    words = state[_WORDS_AT : _WORDS_AT + 8 * _WORDS].view(torch.int64)
+    words.copy_(torch.frombuffer(bytearray(raw), dtype=torch.uint32))
+    return generator.set_state(state)
 
 
 def epoch_order(records: int, *, seed: bytes, epoch: int) -> Tensor:
@@ -66,13 +72,11 @@ def epoch_order(records: int, *, seed: bytes, epoch: int) -> Tensor:
 
 
 def initialise(zone: nn.Sequential, seed: bytes) -> None:
-    """Draw the zone's first weights: He initialisation (arXiv:1502.01852), biases 0, keyed by layer."""
+    """Draw the zone's first weights as PyTorch does, uniform in +-1/sqrt(fan-in), but keyed by layer."""
     for name, block in zone.named_children():
         generator = _generator(seed, "init", int(name))
         for module in block.modules():
             if isinstance(module, nn.Conv2d | nn.Linear):
-                fan_in = math.prod(module.weight.shape[1:])
-                with torch.no_grad():
-                    module.weight.normal_(0, math.sqrt(2 / fan_in), generator=generator)
-                    if module.bias is not None:
-                        module.bias.zero_()
+                bound = 1 / math.sqrt(math.prod(module.weight.shape[1:]))
+                for parameter in module.parameters():
+                    nn.init.uniform_(parameter, -bound, bound, generator=generator)

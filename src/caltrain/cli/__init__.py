@@ -1,0 +1,30 @@
+"""The `caltrain` command: parses, calls, prints; nothing else.
+
+Exit codes: 0 success; 2 wrong usage; 10 to 18 the family of the error (see `caltrain.errors`); 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+from types import FrameType
+
+__all__ = ["main"]
+
+
+def _terminate(_signal: int, _frame: FrameType | None) -> None:
+    # SIGTERM ends like Ctrl-C, so that `finally` blocks run and no process is left behind.
+    raise KeyboardInterrupt
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    signal.signal(signal.SIGTERM, _terminate)
+    from caltrain.cli.app import run  # noqa: PLC0415  # Ctrl-C during the imports must end quietly, too
+
+    try:
+        code = run(sys.argv[1:])
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted\n")
+        code = 130
+    sys.exit(code)

@@ -1,0 +1,129 @@
+"""`caltrain party ...`: what a contributor does on its own machine."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from caltrain.cli.files import read_plan, read_policy, write_json
+from caltrain.cli.output import SIMULATED, Format, FormatOption, choose, emit, say
+from caltrain.errors import LineageError
+from caltrain.host_client import HostClient
+from caltrain.participant.disclose import disclose as disclose_record
+from caltrain.participant.disclose import note_disclosure
+from caltrain.participant.identity import create_identity, load_identity
+from caltrain.participant.join import join as join_run
+from caltrain.participant.seal import DEFAULT_SHARD_RECORDS, plan_labels, seal_records
+from caltrain.records.commitment import RecordRef
+
+app = typer.Typer(help="A contributor: keys, sealing, joining a run, disclosure.", no_args_is_help=True)
+HomeOption = Annotated[Path, typer.Option(help="the party's folder")]
+PlanOption = Annotated[Path, typer.Option(help="plan.toml")]
+PolicyOption = Annotated[Path, typer.Option(help="policy.toml: which enclaves this party accepts")]
+
+
+@app.command()
+def keygen(
+    name: Annotated[str, typer.Argument(help="small letters, digits, hyphens")],
+    home: HomeOption,
+    format_: FormatOption = Format.TEXT,
+) -> None:
+    """Make the keys of a party or a model user."""
+    choose(format_)
+    emit(create_identity(home, name).public, title="For the plan")
+
+
+@app.command()
+def seal(
+    home: HomeOption,
+    plan: PlanOption,
+    data: Annotated[Path, typer.Option(help=".npz, idx folder, Parquet folder or folder of images per class")],
+    drop_duplicates: Annotated[bool, typer.Option("--drop-duplicates", help="leave out exact copies")] = False,
+    shard_records: Annotated[int, typer.Option(min=1, help="records of one shard")] = DEFAULT_SHARD_RECORDS,
+    format_: FormatOption = Format.TEXT,
+) -> None:
+    """Seal the training part of a data set into the party's folder."""
+    from caltrain.records.readers import open_path  # noqa: PLC0415  # keeps the other commands quick
+
+    choose(format_)
+    agreed, identity = read_plan(plan), load_identity(home)
+    part = open_path(data).train
+    labels = plan_labels(part, agreed.data)
+    sealed = seal_records(
+        identity, agreed.data, part.images, labels, drop_duplicates=drop_duplicates, shard_records=shard_records
+    )
+    emit(
+        {
+            "party": identity.name,
+            "shards": [{"shard": header.shard, "records": header.records} for header in sealed.headers],
+            "records": sum(header.records for header in sealed.headers),
+            "dropped": len(sealed.dropped),
+        },
+        title="Sealed",
+    )
+
+
+@app.command()
+def join(
+    url: Annotated[str, typer.Argument(help="the host, such as http://127.0.0.1:8000")],
+    home: HomeOption,
+    plan: PlanOption,
+    policy: PolicyOption,
+    timeout: Annotated[float, typer.Option(help="seconds to wait for each phase")] = 86_400,
+    allow_second_manifest: Annotated[
+        bool, typer.Option("--allow-second-manifest", help="this plan may run again; all parties must agree to that")
+    ] = False,
+    format_: FormatOption = Format.TEXT,
+) -> None:
+    """Take part in a run: approve, send shards, verify the enclave, hand over the key, countersign, get the model."""
+    choose(format_)
+    identity = load_identity(home)
+    with HostClient(url) as host:
+        manifest = join_run(
+            host,
+            read_plan(plan),
+            identity,
+            read_policy(policy),
+            clock=lambda: datetime.now(UTC),
+            seconds=timeout,
+            allow_second_manifest=allow_second_manifest,
+            on_step=lambda text: say(f"{identity.name}: {text}"),
+        )
+    if manifest.simulated:
+        say(SIMULATED)
+    folder = home / "runs" / manifest.run
+    emit({"party": identity.name, "run": manifest.run, "folder": str(folder), "simulated": manifest.simulated})
+
+
+@app.command()
+def disclose(
+    home: HomeOption,
+    plan: PlanOption,
+    record: Annotated[list[str], typer.Option("--record", help="SHARD:LEAF of a traced record; repeat")],
+    out: Annotated[Path, typer.Option(help="where to write the signed disclosures")],
+    url: Annotated[str, typer.Option(help="the host, to note it in the chain of this run")] = "",
+    run: Annotated[str, typer.Option(help="the run's id, with --url")] = "",
+    format_: FormatOption = Format.TEXT,
+) -> None:
+    """Lay open single records: bytes, salt and inclusion proof, signed. Read them before you hand them on."""
+    choose(format_)
+    agreed, identity = read_plan(plan), load_identity(home)
+    references = [_reference(identity.name, text) for text in record]
+    disclosed = [disclose_record(identity, agreed, reference) for reference in references]
+    signed = [envelope for envelope, _ in disclosed]
+    write_json(out, signed)
+    if url:
+        with HostClient(url) as host:
+            for _, commitment in disclosed:
+                note_disclosure(host, identity, run=run, commitment=commitment)
+    emit({"party": identity.name, "disclosed": len(signed), "file": str(out)}, title="Disclosed")
+
+
+def _reference(party: str, text: str) -> RecordRef:
+    shard, _, leaf = text.partition(":")
+    if not leaf.isdecimal():
+        raise LineageError("disclose.reference", f"{text[:80]!r}", step="read --record", fix="Write SHARD:LEAF.")
+    return RecordRef(party, shard, int(leaf))

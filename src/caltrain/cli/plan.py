@@ -1,0 +1,80 @@
+"""`caltrain new`, `caltrain plan ...`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from caltrain.cli.files import read_plan, write_json
+from caltrain.cli.output import Format, FormatOption, choose, emit, say
+from caltrain.participant.identity import load_identity
+from caltrain.project import DEFAULT_PARTIES, create_project
+
+app = typer.Typer(help="The plan that all parties sign.", no_args_is_help=True)
+PlanArgument = Annotated[Path, typer.Argument(help="plan.toml")]
+
+
+def new(
+    folder: Annotated[Path, typer.Argument(help="a folder that does not exist yet")],
+    data: Annotated[
+        str, typer.Option(help="digits, mnist, cifar10 or pneumoniamnist: model and schema to start from")
+    ] = "digits",
+    parties: Annotated[list[str], typer.Option("--party", help="a party's name; repeat")] = DEFAULT_PARTIES,
+    users: Annotated[list[str], typer.Option("--user", help="a model user's name; repeat")] = ["analyst"],  # noqa: B006
+    format_: FormatOption = Format.TEXT,
+) -> None:
+    """Scaffold a project: plan, policy, and keys for everybody, to try a whole run on one machine."""
+    choose(format_)
+    project = create_project(folder, preset=data, parties=parties, users=users)
+    emit({"folder": str(folder), "plan": str(project.plan_path), "digest": project.plan.digest()}, title="New project")
+    say("For a real run each party makes its own keys (`caltrain party keygen`); the plan gets their public part.")
+
+
+@app.command()
+def check(path: PlanArgument, format_: FormatOption = Format.TEXT) -> None:
+    """Check a plan and say what it amounts to."""
+    choose(format_)
+    plan = read_plan(path)
+    emit(
+        {
+            "name": plan.name,
+            "digest": plan.digest(),
+            "form": plan.partition.form,
+            "layers": len(plan.model.layers),
+            "front": plan.partition.front,
+            "head": plan.partition.head,
+            "parties": [party.name for party in plan.parties],
+            "users": [user.name for user in plan.users],
+            "measurement": plan.enclave.measurement,
+        },
+        title="The plan is usable",
+    )
+
+
+@app.command()
+def digest(path: PlanArgument, format_: FormatOption = Format.TEXT) -> None:
+    """Print the digest that the parties sign."""
+    choose(format_)
+    plan = read_plan(path)
+    if format_ is Format.JSON:
+        emit({"digest": plan.digest()})
+    else:
+        typer.echo(plan.digest())
+
+
+@app.command()
+def approve(
+    path: PlanArgument,
+    home: Annotated[Path, typer.Option(help="the party's folder")],
+    out: Annotated[Path, typer.Option(help="where to write the signed approval")],
+    format_: FormatOption = Format.TEXT,
+) -> None:
+    """Sign the plan's digest as a party. (`party join` does this, too.)"""
+    from caltrain.participant.join import approval_of  # noqa: PLC0415  # keeps `plan check` quick
+
+    choose(format_)
+    plan, identity = read_plan(path), load_identity(home)
+    write_json(out, approval_of(plan, identity))
+    emit({"party": identity.name, "plan": plan.digest(), "approval": str(out)}, title="Approved")

@@ -1,0 +1,160 @@
+"""`caltrain predict`, `caltrain trace`, `caltrain verify`: a model user, and anybody who checks."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+import typer
+
+from caltrain.auditor.bundle import read_bundle, verify_bundle
+from caltrain.auditor.collect import collect_bundle
+from caltrain.cli.files import read_bytes, read_inputs, read_plan, read_policy, write_json
+from caltrain.cli.output import SIMULATED, Format, FormatOption, choose, emit, say
+from caltrain.client.ask import Answered, ask
+from caltrain.crypto.dsse import Envelope
+from caltrain.errors import ConfigError, IntegrityError
+from caltrain.host_client import HostClient
+from caltrain.participant.identity import load_identity
+from caltrain.plan import Right
+
+InputsArgument = Annotated[Path, typer.Argument(help=".npy of the plan's shape: (N, C, H, W) or (C, H, W)")]
+UrlOption = Annotated[str, typer.Option(help="the host")]
+HomeOption = Annotated[Path | None, typer.Option(help="the model user's folder")]
+PlanOption = Annotated[Path | None, typer.Option(help="plan.toml")]
+PolicyOption = Annotated[Path | None, typer.Option(help="policy.toml: which enclaves this user accepts")]
+
+
+def predict(
+    inputs: InputsArgument,
+    model: Annotated[Path | None, typer.Option(help="a party's joined model: its run folder")] = None,
+    url: UrlOption = "",
+    home: HomeOption = None,
+    plan: PlanOption = None,
+    policy: PolicyOption = None,
+    format_: FormatOption = Format.TEXT,
+) -> None:
+    """Predict with a joined model (--model), or sealed, by the enclave (--url, --home, --plan, --policy)."""
+    choose(format_)
+    if model is not None:
+        from caltrain.participant.model import load_model  # noqa: PLC0415  # torch, only where it is needed
+
+        joined = load_model(model)
+        classes, probabilities = joined.predict(read_inputs(inputs, joined.plan))
+        names = [joined.plan.data.classes[int(c)] for c in classes]
+        simulated = joined.record.manifest.simulated
+        best = [round(float(p), 6) for p in probabilities.max(1)]
+    else:
+        answered, classes_of = _ask("predict", inputs, url, home, plan, policy)
+        names = [classes_of[c] for c in answered.answers.predicted]
+        best, simulated = [max(row) for row in answered.answers.scores], answered.claims.simulated
+    if simulated:
+        say(SIMULATED)
+    emit({"predicted": names, "probability": best, "simulated": simulated}, title="Predictions")
+
+
+def trace(
+    inputs: InputsArgument,
+    url: UrlOption,
+    home: HomeOption = None,
+    plan: PlanOption = None,
+    policy: PolicyOption = None,
+    out: Annotated[Path | None, typer.Option(help="folder for the trace bundles (one a traced input)")] = None,
+    bundles: Annotated[int, typer.Option(min=0, help="write at most so many bundles")] = 10,
+    format_: FormatOption = Format.TEXT,
+) -> None:
+    """Ask which training records lie behind the predictions for these inputs. Each input counts against the budget."""
+    choose(format_)
+    answered, classes = _ask("trace", inputs, url, home, plan, policy)
+    if out is not None and plan is not None:
+        with HostClient(url) as host:
+            for index, envelope in enumerate(answered.envelopes[:bundles]):
+                write_json(out / f"bundle-{index}.json", collect_bundle(host, read_plan(plan), envelope))
+        write_json(out / "traces.json", answered.traces)
+    if answered.claims.simulated:
+        say(SIMULATED)
+    for statement in answered.traces[:3]:
+        say(f"input {statement.index}: predicted {classes[statement.predicted]}")
+        for n in statement.neighbours:
+            say(f"  {n.rank}. {n.record.party} shard {n.record.shard[:8]} leaf {n.record.leaf}, distance {n.distance}")
+    emit(
+        {
+            "traced": len(answered.traces),
+            "budget_left": answered.answers.budget_left,
+            "model": answered.answers.model,
+            "simulated": answered.claims.simulated,
+            "traces": answered.traces if format_ is Format.JSON else f"in {out}" if out else "shown above",
+        },
+        title="Trace",
+    )
+
+
+def verify(
+    bundle: Annotated[Path, typer.Argument(help="a trace bundle")],
+    plan_digest: Annotated[str, typer.Option(help="the digest of the plan, from a party that you trust to know it")],
+    disclosures: Annotated[list[Path], typer.Option(help="files of disclosures to add")] = [],  # noqa: B006
+    head: Annotated[str, typer.Option(help="a head of the chain that a party kept")] = "",
+    format_: FormatOption = Format.TEXT,
+) -> None:
+    """Check a trace bundle and its disclosures, offline."""
+    choose(format_)
+    found = read_bundle(bundle)
+    added = [envelope for path in disclosures for envelope in _disclosures(path)]
+    found = msgspec.structs.replace(found, disclosures=(*found.disclosures, *added))
+    verified = verify_bundle(found, plan_digest=plan_digest, head=head or None)
+    if verified.simulated:
+        say(SIMULATED)
+    if not verified.center_audited:
+        say("center not audited: a hostile host could have planted what no record shows.")
+    emit(
+        {
+            "verified": True,
+            "run": verified.run,
+            "model": verified.model,
+            "predicted": found.plan.data.classes[verified.trace.predicted],
+            "neighbours": [f"{n.rank}: {n.record.party}" for n in verified.trace.neighbours],
+            "disclosed": len(verified.records),
+            "undisclosed": len(verified.undisclosed),
+            "events": verified.events,
+            "head": verified.head,
+            "simulated": verified.simulated,
+            "center_audited": verified.center_audited,
+        },
+        title="The bundle verifies",
+    )
+
+
+def _disclosures(path: Path) -> list[Envelope]:
+    try:
+        return msgspec.json.decode(read_bytes(path), type=list[Envelope])
+    except msgspec.MsgspecError as error:
+        raise IntegrityError(
+            "disclosure.unreadable", f"{path}: {error}", step="read disclosures", fix="Get the file again."
+        ) from None
+
+
+def _ask(
+    kind: Right, inputs: Path, url: str, home: Path | None, plan: Path | None, policy: Path | None
+) -> tuple[Answered, tuple[str, ...]]:
+    if not url or home is None or plan is None or policy is None:
+        raise ConfigError(
+            "option.missing",
+            "--url, --home, --plan and --policy are needed to ask an enclave",
+            step="read options",
+            fix="Give all four.",
+        )
+    agreed, user = read_plan(plan), load_identity(home)
+    with HostClient(url) as host:
+        answered = ask(
+            host,
+            agreed,
+            read_policy(policy),
+            kind=kind,
+            user=user.name,
+            signer=user.signer,
+            inputs=read_inputs(inputs, agreed),
+            clock=lambda: datetime.now(UTC),
+        )
+    return answered, agreed.data.classes

@@ -1,0 +1,1 @@
+"""The demonstration: a scenario with a planted culprit, told with the same commands that people use."""

@@ -1,0 +1,76 @@
+"""Use a model that a party has received and joined. Imports torch, which the rest of this package does not."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from caltrain.errors import ConfigError, DataError
+from caltrain.models.network import build, features_and_logits, lay_out
+from caltrain.models.weights import decode_state, load_zone
+from caltrain.participant.receive import RunRecord
+from caltrain.plan import Plan, plan_from_json
+from caltrain.training.batches import normalise
+
+_BATCH = 256
+_STEP = "load model"
+
+
+@dataclass(frozen=True)
+class JoinedModel:
+    """A model in eval mode with the plan and run that it came from."""
+
+    plan: Plan
+    record: RunRecord
+    module: nn.Sequential
+
+    def predict(self, images: NDArray[np.generic]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """Classes (N,) and probabilities (N, classes) of images (N, C, H, W) of the plan's element type."""
+        if images.ndim != 4 or images.shape[1:] != self.plan.data.shape or images.dtype != self.plan.data.numpy_dtype:
+            raise DataError(
+                "predict.shape",
+                f"inputs of {images.shape} {images.dtype}, the plan has {self.plan.data.shape} {self.plan.data.dtype}",
+                step="predict",
+                fix="Convert the inputs to the plan's shape and element type.",
+            )
+        probabilities = predict(self.module, self.plan, images)
+        return probabilities.argmax(1), probabilities
+
+
+def predict(module: nn.Sequential, plan: Plan, images: NDArray[np.generic]) -> NDArray[np.float32]:
+    """Probabilities (N, classes), in batches of 256 so that a row's bits depend on its place in them alone."""
+    torch.set_num_threads(plan.training.threads)
+    found = []
+    with torch.inference_mode():
+        for start in range(0, len(images), _BATCH):
+            part = torch.from_numpy(np.array(images[start : start + _BATCH]))
+            x = normalise(part, plan.data, channels_last=plan.training.channels_last)
+            found.append(features_and_logits(module, x)[1].softmax(1))
+    probabilities: NDArray[np.float32] = torch.cat(found).numpy()
+    return probabilities
+
+
+def load_model(folder: Path) -> JoinedModel:
+    """Read a run folder of a party. Raises ConfigError `model.unreadable`, IntegrityError for bad weights."""
+    try:
+        plan = plan_from_json((folder / "plan.json").read_bytes())
+        record = msgspec.json.decode((folder / "run.json").read_bytes(), type=RunRecord)
+        raw = (folder / "model.safetensors").read_bytes()
+    except (OSError, msgspec.MsgspecError) as error:
+        raise ConfigError(
+            "model.unreadable",
+            f"{folder} does not hold a joined model: {error}",
+            step=_STEP,
+            fix="Give the folder that `caltrain party join` wrote under runs/.",
+        ) from None
+    module = build(plan.model, input_shape=plan.data.shape)
+    load_zone(module, decode_state(raw, step=_STEP), step=_STEP)
+    lay_out(module, channels_last=plan.training.channels_last)
+    module.eval()
+    return JoinedModel(plan, record, module)

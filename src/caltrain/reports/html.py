@@ -1,0 +1,30 @@
+"""The demo's report as one HTML file without scripts or outside references."""
+
+from __future__ import annotations
+
+import base64
+from pathlib import Path
+
+from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
+
+from caltrain.demo.result import Story
+
+_WIDTH, _HEIGHT = 520, 120
+
+
+def write_report(path: Path, story: Story) -> None:
+    """Render `story` to `path`."""
+    environment = Environment(
+        loader=PackageLoader("caltrain.reports"), autoescape=select_autoescape(), undefined=StrictUndefined
+    )
+    environment.filters["data_uri"] = lambda png: "data:image/png;base64," + base64.b64encode(png).decode()
+    environment.filters["percent"] = lambda share: f"{share:.1%}"
+    template = environment.get_template("demo.html")
+    path.write_text(template.render(story=story, result=story.result, curve=_curve(story.losses)), encoding="utf-8")
+
+
+def _curve(losses: tuple[float, ...]) -> str:
+    """Points of an SVG polyline, loss over epochs, in a box of `_WIDTH` x `_HEIGHT`."""
+    top = max(losses, default=1.0) or 1.0
+    step = _WIDTH / max(len(losses) - 1, 1)
+    return " ".join(f"{i * step:.1f},{_HEIGHT - loss / top * _HEIGHT:.1f}" for i, loss in enumerate(losses))

@@ -1,0 +1,108 @@
+"""The untrusted side in memory: storage as a dict, a CenterNet, a record of what crossed. Attacks replace its parts."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable
+from typing import cast
+
+from torch import Tensor
+
+from caltrain.boundary.channel import Channel
+from caltrain.boundary.messages import (
+    REPLIES_AND_CALLS,
+    Answer,
+    CallFailed,
+    CommitCenter,
+    Data,
+    Progress,
+    Read,
+    Write,
+)
+from caltrain.boundary.tensors import TensorHead
+from caltrain.errors import CaltrainError, EnvironmentFault
+from caltrain.host.center import Center
+from support.wire import Crossing, MemorySocket, RecordingChannel, memory_socketpair
+
+OnTensor = Callable[[TensorHead, Tensor, Channel], None]
+
+
+class MemoryHost:
+    """Serves an enclave's calls. `on_read`, `on_write`, `on_commit` and `on_tensor` are what a hostile host replaces."""
+
+    def __init__(self) -> None:
+        self.storage: dict[str, bytearray] = {}
+        self.center: Center | None = None
+        self.log: list[Crossing] = []
+        self.end, enclave_end = memory_socketpair()
+        self.enclave_end: MemorySocket = enclave_end
+        self.channel = RecordingChannel(self.end, self.log)
+        self.enclave_channel = Channel(cast(socket.socket, enclave_end))
+        enclave_end.turn = self.serve
+        self.on_read: Callable[[Read], Answer] = self.read
+        self.on_write: Callable[[Write], Answer] = self.write
+        self.on_commit: Callable[[CommitCenter], Answer] = self.commit
+        self.on_tensor: OnTensor = self.take
+
+    def serve(self) -> None:
+        """Answer what the enclave has sent."""
+        while self.end.inbox:
+            got = self.channel.receive_any(REPLIES_AND_CALLS)
+            if isinstance(got, tuple):
+                self.log.append(Crossing("out", head=got[0], tensor=got[1].clone()))
+                self.on_tensor(*got, self.channel)
+            else:
+                self.log.append(Crossing("out", message=got))
+                answer = self._answer(got)
+                if answer is not None:
+                    self.channel.send(answer)
+
+    def read(self, call: Read) -> Answer:
+        """The honest answer to a read."""
+        stored = self.storage.get(call.name)
+        if stored is None:
+            error = EnvironmentFault("storage.missing", f"no object {call.name}", step="read object", fix="Send it.")
+            return CallFailed(error.diagnostics())
+        return Data(bytes(stored[call.offset : call.offset + call.length]))
+
+    def write(self, call: Write) -> Answer:
+        """The honest answer to a write."""
+        stored = self.storage.setdefault(call.name, bytearray())
+        stored.extend(bytes(max(0, call.offset - len(stored))))
+        stored[call.offset : call.offset + len(call.data)] = call.data
+        return Data()
+
+    def commit(self, _call: CommitCenter) -> Answer:
+        """The honest answer to a demand for a commitment."""
+        return Data(self.the_center.commitment())
+
+    def take(self, head: TensorHead, tensor: Tensor, channel: Channel) -> None:
+        """The honest handling of a tensor."""
+        try:
+            self.the_center.take(head, tensor, channel)
+        except CaltrainError as error:
+            channel.send(CallFailed(error.diagnostics()))
+
+    @property
+    def the_center(self) -> Center:
+        """The CenterNet, once there is one."""
+        if self.center is None:
+            raise EnvironmentFault("center.none", "there is no CenterNet yet", step="serve", fix="Ingest first.")
+        return self.center
+
+    def out(self) -> list[TensorHead]:
+        """Heads of all tensors that left the enclave."""
+        return [c.head for c in self.log if c.way == "out" and c.head is not None]
+
+    def _answer(self, call: object) -> Answer | None:
+        match call:
+            case Read():
+                return self.on_read(call)
+            case Write():
+                return self.on_write(call)
+            case CommitCenter():
+                return self.on_commit(call)
+            case Progress():
+                return None
+            case _:
+                raise AssertionError(f"the enclave sent {call!r} in the middle of a request")

@@ -1,0 +1,291 @@
+"""A whole run in one process: enclave, host, parties and users, so that an attack is an edit to an object.
+
+    world = World(head=2)              # ternary; two-way with head=0
+    world.run_to(State.AGREED)         # honestly
+    world.host.storage[name][17] ^= 1  # the attack
+    world.refused(world.ingest(), "sealed.not-authentic")
+
+`refused` proves more than the code: see there.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Callable
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from caltrain.attestation.evidence import EvidenceBundle, Purpose
+from caltrain.attestation.simulated import SimulatedAttester
+from caltrain.boundary import messages as m
+from caltrain.crypto.digests import canonical_json
+from caltrain.crypto.dsse import Envelope, SigningKey, open_envelope
+from caltrain.enclave.door import Door
+from caltrain.enclave.run import Run, State
+from caltrain.enclave.session import handle
+from caltrain.enclave.vault import Vault
+from caltrain.host.center import Center
+from caltrain.models.spec import Conv, Dropout, Flatten, Linear, MaxPool, ModelSpec, Partition
+from caltrain.plan import (
+    EnclaveSpec,
+    Party,
+    Plan,
+    ReleaseSpec,
+    Right,
+    RunManifest,
+    TraceSpec,
+    User,
+    check_plan,
+)
+from caltrain.provenance.chain import Chain, Event, verify_chain
+from caltrain.records.schema import DataSchema, decode_record
+from caltrain.training.plain import train_plain
+from caltrain.training.seeds import RunSeeds
+from caltrain.training.spec import Augment, TrainingSpec
+from support.members import Asked, Member, Pixels, question
+from support.memory_host import MemoryHost
+
+MEASUREMENT = "sha384:" + "ab" * 48
+PARTIES = ("alpha", "beta", "gamma")
+SHAPE = (1, 4, 4)
+CLASSES = ("cat", "dog", "owl")
+HARMLESS = {State.NEW, State.ENROLLING, State.AGREEING, State.LINKED}
+MODEL = ModelSpec(
+    layers=(
+        Conv(filters=4, batch_norm=True),
+        MaxPool(),
+        Conv(filters=4),
+        Dropout(p=0.25),
+        Flatten(),
+        Linear(units=len(CLASSES)),
+    )
+)
+Change = Callable[[Plan], Plan]
+
+
+def pictures(records: int, *, seed: int, dtype: Literal["u8", "f32"] = "u8") -> Pixels:
+    """Distinct random pictures (N, 1, 4, 4)."""
+    values = np.random.default_rng(seed).integers(0, 256, (records, *SHAPE))
+    return values.astype(np.uint8) if dtype == "u8" else (values / 256).astype("<f4")
+
+
+class World:
+    """Three parties with two shards each, users `una` (both rights) and `pat` (predict only), a tiny model."""
+
+    def __init__(
+        self,
+        *,
+        head: int = 2,
+        dtype: Literal["u8", "f32"] = "u8",
+        records: int = 9,
+        epochs: int = 2,
+        budget: int = 20,
+        reveal_seed: bool = True,
+        change: Change = lambda plan: plan,
+    ) -> None:
+        self.parties = {name: Member(name) for name in PARTIES}
+        self.users = {name: Member(name) for name in ("una", "pat")}
+        rights: dict[str, tuple[Right, ...]] = {"una": ("predict", "trace"), "pat": ("predict",)}
+        self.plan = check_plan(
+            change(
+                Plan(
+                    version=1,
+                    name="tiny",
+                    model=MODEL,
+                    partition=Partition(front=2, head=head),
+                    data=DataSchema(shape=SHAPE, dtype=dtype, classes=CLASSES),
+                    training=TrainingSpec(
+                        epochs=epochs, batch=8, learning_rate=0.05, augment=Augment(shift=1, flip=True), threads=1
+                    ),
+                    parties=tuple(Party(name=p.name, public_key=p.signer.public) for p in self.parties.values()),
+                    users=tuple(
+                        User(name=u.name, public_key=u.signer.public, may=rights[u.name], budget=budget)
+                        for u in self.users.values()
+                    ),
+                    enclave=EnclaveSpec(measurement=MEASUREMENT),
+                    trace=TraceSpec(neighbours=5, suspicion_neighbours=4),
+                    release=ReleaseSpec(reveal_seed=reveal_seed),
+                )
+            )
+        )
+        for seed, party in enumerate(self.parties.values()):
+            labels = [int(label) for label in np.random.default_rng(seed).integers(0, len(CLASSES), records)]
+            images = pictures(records, seed=seed, dtype=self.plan.data.dtype)
+            party.seal(self.plan.data, images, labels, shard_records=5)
+        self.root = SigningKey()
+        self.host = MemoryHost()
+        vault = Vault(SimulatedAttester(self.root, measurement=MEASUREMENT))
+        chain = Chain(vault.signing, run=vault.run)
+        self.run = Run(vault=vault, door=Door(self.host.enclave_channel), chain=chain)
+        self.events: list[Envelope] = []
+        self.released: dict[str, bytes] = {}
+        self.statements: dict[str, Envelope] = {}
+        self.suspicion: dict[str, bytes] = {}
+
+    # -- requests ----------------------------------------------------------------------------------------------------
+
+    def send(self, request: m.Request) -> m.Reply:
+        """One request, as the host sends it; its events are kept."""
+        reply = handle(self.run, request)
+        if isinstance(reply, m.Done):
+            self.events += reply.events
+        return reply
+
+    def done(self, request: m.Request) -> m.Done:
+        """A request that must succeed."""
+        reply = self.send(request)
+        assert isinstance(reply, m.Done), reply
+        return reply
+
+    def refused(self, request: m.Request, code: str, *, fatal: bool | None = None) -> dict[str, str]:
+        """A request that must fail with `code`. Returns the error's fields.
+
+        Before the run began and after it ended nothing that the enclave holds has changed and not a byte came out;
+        in between the enclave has stopped for good, and nothing came out after the last thing that went in.
+        """
+        fatal = self.run.state not in HARMLESS if fatal is None else fatal
+        before, head, crossed = self._held(), self.run.chain.head, len(self.host.log)
+        state, sent = self.run.state, len(self.host.enclave_end.sent)
+        reply = self.send(request)
+        assert isinstance(reply, m.Failed), reply
+        assert (reply.error["code"], reply.fatal) == (code, fatal)
+        assert self.run.chain.head == head
+        if fatal:
+            assert self.run.state is State.STOPPED
+            assert not self.host.end.inbox
+            assert len(self.host.log) == crossed or self.host.log[-1].way == "in"
+            again = handle(self.run, request)
+            assert isinstance(again, m.Failed)
+            assert again.error["code"] == "session.not-now"
+        else:
+            assert self.run.state is state
+            assert self._held() == before
+            assert len(self.host.enclave_end.sent) == sent
+        return reply.error
+
+    def _held(self) -> dict[str, Any]:
+        held = {name: copy.copy(value) for name, value in vars(self.run).items() if name not in {"pending", "state"}}
+        return held | {"parties": dict(self.run.vault.parties)}
+
+    # -- the honest run ----------------------------------------------------------------------------------------------
+
+    def run_to(self, state: State) -> World:
+        """Advance honestly until the run is in `state`."""
+        steps: dict[State, Callable[[], object]] = {
+            State.NEW: lambda: self.done(self.configure()),
+            State.ENROLLING: self.enrol,
+            State.AGREEING: self.agree,
+            State.AGREED: self.take_in,
+            State.READY: self.train,
+            State.TRAINED: self.release,
+            State.RELEASED: self.link,
+        }
+        while self.run.state is not state:
+            steps[self.run.state]()
+        return self
+
+    def configure(self) -> m.Configure:
+        """The plan with every approval."""
+        return m.Configure(canonical_json(self.plan), {p.name: p.approve(self.plan) for p in self.parties.values()})
+
+    def attest(self, purpose: Purpose = "training", *, nonce: str | None = None) -> EvidenceBundle:
+        """Evidence for a fresh nonce."""
+        bundle = self.done(m.Attest(purpose, nonce or os.urandom(32).hex())).bundle
+        assert bundle is not None
+        return bundle
+
+    def provision(self, name: str) -> m.Provision:
+        """What `name` provisions."""
+        return m.Provision(name, self.parties[name].provision(self.attest().binding))
+
+    def enrol(self) -> None:
+        """All parties hand over their keys; the enclave signs the manifest."""
+        for name in self.parties:
+            self.done(self.provision(name))
+        self.done(m.MakeManifest())
+
+    def agree(self) -> None:
+        """All parties countersign."""
+        for party in self.parties.values():
+            self.done(m.Countersign(party.name, party.countersign(self.manifest)))
+
+    def upload(self) -> None:
+        """All parties' shards into the host's storage, unless it has something by that name."""
+        for party in self.parties.values():
+            for shard in party.shards:
+                self.host.storage.setdefault(f"shards/{party.name}/{shard.header.shard}", bytearray(shard.raw))
+
+    def ingest(self) -> m.Ingest:
+        """The demand to ingest what the host has."""
+        self.upload()
+        names = (name.split("/") for name in self.host.storage if name.startswith("shards/"))
+        return m.Ingest(tuple(m.StoredShard(party, shard) for _, party, shard in names))
+
+    def take_in(self) -> None:
+        """Ingest, and start the CenterNet."""
+        seed = self.done(self.ingest()).center_seed
+        self.host.center = Center(self.plan, seed=seed, records=self.manifest.records())
+
+    def train(self) -> m.Done:
+        """The next epoch."""
+        return self.done(m.TrainEpoch(self.run.epoch))
+
+    def release(self) -> None:
+        """Release to the parties."""
+        reply = self.done(self.release_request())
+        assert reply.signed is not None
+        self.released, self.statements["model"] = reply.sealed, reply.signed
+
+    def release_request(self) -> m.Release:
+        """The CenterNet is stored; the demand to release."""
+        weights = self.host.the_center.weights()
+        self.host.storage["center"] = bytearray(weights)
+        return m.Release(len(weights))
+
+    def link(self) -> None:
+        """Link the model."""
+        reply = self.done(m.Link())
+        assert reply.signed is not None
+        self.suspicion, self.statements["linked-model"] = reply.sealed, reply.signed
+
+    # -- questions ---------------------------------------------------------------------------------------------------
+
+    def question(self, kind: Right, inputs: Pixels, *, user: str = "una", **changes: Any) -> Asked:
+        """A user's question, sealed for fresh evidence."""
+        return question(self.users[user], self.attest("query"), kind=kind, inputs=inputs, **changes)
+
+    # -- what is true ------------------------------------------------------------------------------------------------
+
+    @property
+    def manifest(self) -> RunManifest:
+        """The run manifest."""
+        assert self.run.manifest is not None
+        return self.run.manifest
+
+    def chain(self) -> tuple[Event, ...]:
+        """All events, verified up to the enclave's own head."""
+        signing = self.run.vault.signing.public
+        return verify_chain(self.events, run=self.run.vault.run, signing_key=signing, head=self.run.chain.head)
+
+    def statement(self, kind: str, type_: type[Any]) -> Any:
+        """A statement of the enclave, verified."""
+        return open_envelope(self.statements[kind], kind, self.run.vault.signing.public, type_, step="verify")
+
+    def data(self) -> tuple[Tensor, Tensor]:
+        """All records in the manifest's order: pixels (N, 1, 4, 4) and labels (N,)."""
+        records = [r for p in self.parties.values() for shard in p.shards for r in shard.records]
+        decoded = [decode_record(self.plan.data, record) for record in records]
+        pixels = torch.from_numpy(np.stack([array for array, _ in decoded]))
+        return pixels, torch.tensor([label for _, label in decoded])
+
+    def plain(self, seed: bytes) -> nn.Sequential:
+        """The model of the plain loop over the same records and run seed."""
+        pixels, labels = self.data()
+        plan, seeds = self.plan, RunSeeds.from_run_seed(seed)
+        return train_plain(
+            plan.model, plan.partition, plan.data, plan.training, pixels=pixels, labels=labels, seeds=seeds
+        )
