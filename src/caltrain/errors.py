@@ -18,6 +18,8 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+# What decoding untrusted JSON, MessagePack or TOML can raise: wrong form and bad UTF-8, nesting without end.
+UNDECODABLE = (ValueError, RecursionError)
 _MAX_WIRE_TEXT = 2_000
 
 

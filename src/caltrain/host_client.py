@@ -12,10 +12,10 @@ import httpx
 import msgspec
 
 from caltrain.crypto.dsse import MAX_ENVELOPE_BYTES, Envelope
-from caltrain.errors import CaltrainError, EnvironmentFault, ProtocolError, from_wire
+from caltrain.errors import UNDECODABLE, CaltrainError, ConfigError, EnvironmentFault, ProtocolError, from_wire
 
 MAX_ARTIFACT = 8 << 30
-_RETRIES = 8
+_RETRIES = 7
 _STEP = "talk to host"
 T = TypeVar("T")
 
@@ -38,12 +38,21 @@ class RunStatus(msgspec.Struct):
 
 
 class HostClient:
-    """A connection to one host. `transport` is for tests."""
+    """A connection to one host. `transport` is for tests. Raises ConfigError `host.bad-address`."""
 
     def __init__(self, url: str, *, transport: httpx.BaseTransport | None = None) -> None:
         timeout = httpx.Timeout(60, connect=10)
         # trust_env off: proxies from the environment have no business between a party and its host.
-        self._http = httpx.Client(base_url=url, timeout=timeout, transport=transport, trust_env=False)
+        # No compression: a few bytes of it could unpack into more memory than there is.
+        plain = {"Accept-Encoding": "identity"}
+        try:
+            self._http = httpx.Client(
+                base_url=url, headers=plain, timeout=timeout, transport=transport, trust_env=False
+            )
+        except httpx.InvalidURL as error:
+            raise ConfigError(
+                "host.bad-address", f"{url[:200]!r}: {error}", step=_STEP, fix="Give it as http://ADDRESS:PORT."
+            ) from None
 
     def __enter__(self) -> Self:
         return self
@@ -78,7 +87,8 @@ class HostClient:
                 while chunk := stream.read(1 << 20):
                     yield chunk
 
-        self._call("PUT", path, content=chunks(), headers={"Content-Length": str(file.stat().st_size)})
+        length = {"Content-Length": str(file.stat().st_size)}
+        self._call("PUT", path, retries=0, content=chunks(), headers=length)
 
     def status(self) -> RunStatus:
         """The host's word on the run."""
@@ -106,8 +116,10 @@ class HostClient:
                 )
             time.sleep(poll)
 
-    def _call(self, method: str, path: str, *, limit: int = MAX_ENVELOPE_BYTES, **options: Any) -> bytes:
-        for attempt in range(_RETRIES):
+    def _call(
+        self, method: str, path: str, *, limit: int = MAX_ENVELOPE_BYTES, retries: int = _RETRIES, **options: Any
+    ) -> bytes:
+        while True:
             try:
                 status, body = self._once(method, path, limit, options)
             except httpx.TransportError as error:
@@ -117,18 +129,18 @@ class HostClient:
                     step=_STEP,
                     fix="Check the address, and that the host is running.",
                 ) from error
-            if status < 400:
+            if 200 <= status < 300:
                 return body
             failure = _failure(status, body)
-            if failure.code != "enclave.busy" or attempt == _RETRIES - 1:
+            if failure.code != "enclave.busy" or retries == 0:
                 raise failure
+            retries -= 1
             time.sleep(1)
-        raise AssertionError("unreachable")  # pragma: no cover
 
     def _once(self, method: str, path: str, limit: int, options: dict[str, Any]) -> tuple[int, bytes]:
         with self._http.stream(method, path, **options) as response:
             body = bytearray()
-            for chunk in response.iter_bytes():
+            for chunk in response.iter_raw():
                 body += chunk
                 if len(body) > limit:
                     raise _garbage(f"more than {limit} bytes for {path}")
@@ -138,14 +150,14 @@ class HostClient:
 def _decode(body: bytes, type_: type[T]) -> T:
     try:
         return msgspec.json.decode(body, type=type_)
-    except msgspec.MsgspecError as error:
+    except UNDECODABLE as error:
         raise _garbage(str(error)) from None
 
 
 def _failure(status: int, body: bytes) -> CaltrainError:
     try:
         return from_wire(msgspec.json.decode(body, type=dict[str, dict[str, str]])["error"])
-    except (msgspec.MsgspecError, KeyError):
+    except (*UNDECODABLE, KeyError):
         return _garbage(f"HTTP status {status} without a readable error")
 
 
@@ -154,5 +166,5 @@ def _garbage(what: str) -> ProtocolError:
         "host.garbage",
         f"the host's answer makes no sense: {what}",
         step=_STEP,
-        fix="Check that the address is a caltrain host of the same version. Nothing was handed over.",
+        fix="Check that the address is that of a caltrain host of the same version.",
     )

@@ -16,7 +16,7 @@ import msgspec
 from caltrain.crypto import dsse
 from caltrain.crypto.digests import Digest, canonical_json, digest
 from caltrain.crypto.hpke import HpkePublicKey
-from caltrain.errors import AccessError, ConfigError, IntegrityError
+from caltrain.errors import UNDECODABLE, AccessError, ConfigError, IntegrityError
 from caltrain.models.spec import ModelSpec, Partition, check_model
 from caltrain.records.commitment import PartyName, ShardId
 from caltrain.records.schema import DataSchema, check_schema
@@ -160,7 +160,7 @@ def plan_from_json(raw: bytes) -> Plan:
         if len(raw) > MAX_PLAN_BYTES:
             raise msgspec.ValidationError("longer than the limit")
         return check_plan(msgspec.json.decode(raw, type=Plan))
-    except msgspec.MsgspecError as error:
+    except UNDECODABLE as error:
         raise _invalid("plan", error) from None
 
 
@@ -172,13 +172,13 @@ def parse_toml(text: bytes, type_: type[T], *, what: str) -> T:
         return msgspec.convert(tomllib.loads(text.decode()), type=type_)
     except msgspec.ValidationError as error:
         raise _invalid(what, error) from None
-    except (ValueError, RecursionError) as error:  # tomllib: bad syntax, bad UTF-8, endless digits or nesting
+    except UNDECODABLE as error:  # bad syntax, bad UTF-8, digits or nesting without end
         raise ConfigError(
             f"{what}.not-toml", f"the {what} is not TOML: {error}", step=f"read {what}", fix="Correct the file."
         ) from None
 
 
-def _invalid(what: str, error: msgspec.MsgspecError) -> ConfigError:
+def _invalid(what: str, error: Exception) -> ConfigError:
     unknown = "unknown field" in str(error)
     return ConfigError(
         f"{what}.unknown-key" if unknown else f"{what}.invalid",

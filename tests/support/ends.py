@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import os
 import socket
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TypeVar, cast
 
+import msgspec
 from msgspec.msgpack import Decoder
 from torch import Tensor
 
 from caltrain.boundary.channel import Channel
+from caltrain.boundary.frames import FrameKind
 from caltrain.boundary.ring import Ring, Side, create_ring_memory
 from caltrain.boundary.tensors import TensorHead
 from support.wire import memory_socketpair
@@ -51,6 +54,17 @@ def rings(slot_bytes: int) -> Iterator[tuple[Ring, Ring]]:
         )
     finally:
         os.close(fd)
+
+
+def frame(body: bytes, kind: int = FrameKind.MESSAGE) -> bytes:
+    """A frame as bytes, sound or not."""
+    return struct.pack("<IB", len(body) + 1, kind) + body
+
+
+def tensor_frame(head: TensorHead | bytes, data: bytes, *, claim: int | None = None) -> bytes:
+    """A tensor frame; `claim` is what it says of the length of its head."""
+    raw = head if isinstance(head, bytes) else msgspec.msgpack.encode(head)
+    return frame(struct.pack("<I", len(raw) if claim is None else claim) + raw + data, FrameKind.TENSOR)
 
 
 def hear(stream: bytes, expected: Decoder[M], *, ring: Ring | None = None) -> M | tuple[TensorHead, Tensor]:

@@ -28,7 +28,7 @@ OnTensor = Callable[[TensorHead, Tensor, Channel], None]
 
 
 class MemoryHost:
-    """Serves an enclave's calls. `on_read`, `on_write`, `on_commit` and `on_tensor` are what a hostile host replaces."""
+    """Serves an enclave's calls. A hostile host replaces `on_read`, `on_write`, `on_commit` and `on_tensor`."""
 
     def __init__(self) -> None:
         self.storage: dict[str, bytearray] = {}
@@ -56,6 +56,14 @@ class MemoryHost:
                 answer = self._answer(got)
                 if answer is not None:
                     self.channel.send(answer)
+
+    def unread(self) -> list[object]:
+        """What the enclave sent and nobody has answered."""
+        found: list[object] = []
+        while self.end.inbox:
+            got = self.channel.receive_any(REPLIES_AND_CALLS)
+            found.append(got)
+        return found
 
     def read(self, call: Read) -> Answer:
         """The honest answer to a read."""

@@ -14,14 +14,14 @@ It does not show that the enclave was genuine: that is what the parties verified
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import msgspec
 
 from caltrain.boundary.sealed import TraceStatement
 from caltrain.crypto.digests import same
 from caltrain.crypto.dsse import Envelope, open_envelope
-from caltrain.errors import IntegrityError, LineageError
+from caltrain.errors import UNDECODABLE, IntegrityError, LineageError
 from caltrain.plan import MAX_PARTIES, ManifestShard, Plan, RunManifest, check_countersignature, check_plan
 from caltrain.provenance.chain import MAX_EVENTS, Event, verify_chain
 from caltrain.provenance.statements import LinkedModel
@@ -34,7 +34,7 @@ MAX_BUNDLE_BYTES = 256 << 20
 class TraceBundle(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """What a model user hands to an auditor."""
 
-    version: int = 1
+    version: Literal[1] = 1
     plan: Plan
     manifest: Envelope
     countersignatures: Annotated[dict[PartyName, Envelope], msgspec.Meta(max_length=MAX_PARTIES)]
@@ -65,7 +65,7 @@ def read_bundle(path: Path) -> TraceBundle:
         if path.stat().st_size > MAX_BUNDLE_BYTES:
             raise msgspec.ValidationError("larger than the limit")
         return msgspec.json.decode(path.read_bytes(), type=TraceBundle)
-    except (OSError, msgspec.MsgspecError) as error:
+    except (OSError, *UNDECODABLE) as error:
         raise IntegrityError(
             "bundle.malformed", f"{path} is not a trace bundle: {error}", step="read bundle", fix="Get it again."
         ) from None

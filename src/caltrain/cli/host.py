@@ -87,6 +87,8 @@ def _line(status: RunStatus) -> dict[str, Any]:
             "completed": status.epoch - 1 + share,
             "figures": f"{loss}  {speed}",
         }
+    if status.phase == "linked":
+        return {"description": f"trained and linked{mark}", "total": 1, "completed": 1, "figures": ""}
     waiting = f"waiting for {', '.join(status.waiting_for)}" if status.waiting_for else ""
     return {
         "description": f"{status.phase}{mark}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,8 +24,8 @@ from caltrain.boundary.sealed import (
     transcript_digest,
 )
 from caltrain.crypto.digests import digest
-from caltrain.crypto.dsse import Envelope, SigningKey, open_envelope
-from caltrain.errors import DataError, IntegrityError
+from caltrain.crypto.dsse import MAX_ENVELOPE_BYTES, Envelope, SigningKey, open_envelope
+from caltrain.errors import AccessError, DataError, IntegrityError
 from caltrain.host_client import HostClient
 from caltrain.plan import Plan, Right
 
@@ -52,10 +53,11 @@ def ask(
     inputs: NDArray[np.generic],
     clock: Callable[[], datetime],
 ) -> Answered:
-    """Ask about `inputs` (N, C, H, W), at most 1024 at a time, of the plan's element type.
+    """Ask about `inputs` (N, C, H, W) of the plan's element type, at most `most_at_once`.
 
     Raises AttestationError before anything is sealed, DataError, AccessError (not named, budget spent).
     """
+    _check_user(plan, user, signer)
     _check(plan, inputs)
     nonce = os.urandom(32).hex()
     bundle = host.get("/v1/attestation", EvidenceBundle, params={"purpose": "query", "nonce": nonce})
@@ -76,6 +78,23 @@ def input_commitment(nonce: str, pixels: NDArray[np.generic]) -> str:
     return digest("input/v1", bytes.fromhex(nonce), np.ascontiguousarray(pixels).tobytes())
 
 
+def most_at_once(plan: Plan) -> int:
+    """How many inputs of this plan one question may hold: 1024, fewer where they are large."""
+    input_bytes = math.prod(plan.data.shape) * plan.data.numpy_dtype.itemsize
+    # Base64 twice, sealed and signed: 16/9; the rest of the message takes less than 16 KiB.
+    return min(MAX_QUESTIONS, (MAX_ENVELOPE_BYTES - (1 << 14)) * 9 // 16 // input_bytes)
+
+
+def _check_user(plan: Plan, user: str, signer: SigningKey) -> None:
+    if plan.user(user).public_key != signer.public:
+        raise AccessError(
+            "user.other-key",
+            f"the plan names another key for {user}",
+            step="ask",
+            fix="Ask with the key that the plan names, or have the plan changed and approved again.",
+        )
+
+
 def _check(plan: Plan, inputs: NDArray[np.generic]) -> None:
     if inputs.ndim != 4 or inputs.shape[1:] != plan.data.shape or inputs.dtype != plan.data.numpy_dtype:
         raise DataError(
@@ -84,9 +103,10 @@ def _check(plan: Plan, inputs: NDArray[np.generic]) -> None:
             step="ask",
             fix="Convert the inputs to the plan's shape and element type.",
         )
-    if not 1 <= len(inputs) <= MAX_QUESTIONS:
+    most = most_at_once(plan)
+    if not 1 <= len(inputs) <= most:
         raise DataError(
-            "ask.count", f"{len(inputs)} inputs at once", step="ask", fix=f"Ask about 1 to {MAX_QUESTIONS} at a time."
+            "ask.count", f"{len(inputs)} inputs at once", step="ask", fix=f"Ask about 1 to {most} at a time."
         )
 
 
@@ -102,7 +122,8 @@ def _trace(
 def _check_answer(
     kind: Right, answers: Answers, traces: Sequence[TraceStatement], inputs: NDArray[np.generic], nonce: str
 ) -> None:
-    if len(answers.predicted) != len(inputs) or (kind == "trace" and len(traces) != len(inputs)):
+    due = len(inputs) if kind == "trace" else 0
+    if (len(answers.predicted), len(traces)) != (len(inputs), due):
         raise _mismatch(f"{len(answers.predicted)} answers and {len(traces)} traces for {len(inputs)} inputs")
     for index, trace in enumerate(traces):
         own = (index, answers.predicted[index], input_commitment(nonce, inputs[index]))

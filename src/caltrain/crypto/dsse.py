@@ -15,7 +15,7 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
 from caltrain.crypto.digests import canonical_json
-from caltrain.errors import IntegrityError
+from caltrain.errors import UNDECODABLE, IntegrityError
 
 _SCHEME = "ed25519:"
 _TYPE = "application/vnd.caltrain.{}.v1+json"
@@ -111,7 +111,7 @@ def open_envelope(envelope: Envelope, kind: str, key: str, type_: type[T], *, st
         raise _bad("it does not verify under the named key", step) from None
     try:
         return msgspec.json.decode(body, type=type_)
-    except (msgspec.MsgspecError, RecursionError) as error:
+    except UNDECODABLE as error:
         raise IntegrityError(
             "payload.malformed",
             f"a signed {kind} payload does not have its form: {error}",
@@ -126,7 +126,7 @@ def envelope_from_json(raw: bytes, *, step: str) -> Envelope:
         if len(raw) > MAX_ENVELOPE_BYTES:
             raise msgspec.ValidationError("longer than the limit")
         return msgspec.json.decode(raw, type=Envelope)
-    except msgspec.MsgspecError as error:
+    except UNDECODABLE as error:
         raise IntegrityError(
             "envelope.malformed",
             f"not a DSSE envelope: {error}",

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from sklearn.metrics import roc_auc_score
+from torch import Tensor
 
-from caltrain.boundary.sealed import TraceStatement
 from caltrain.demo.scenario import Holding, Scenario
 from caltrain.records.commitment import RecordRef
+
+Traced = Sequence[Sequence[RecordRef]]
+"""For each traced input its neighbours, nearest first."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +28,30 @@ class Lineage:
         """Whether a record was planted."""
         holding, row = self.rows[reference]
         return bool(holding.poisoned[row])
+
+    def is_mislabelled(self, reference: RecordRef) -> bool:
+        """Whether a record was given a wrong label by carelessness."""
+        holding, row = self.rows[reference]
+        return bool(holding.mislabelled[row])
+
+
+def same_weights(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> bool:
+    """Whether two models have the same tensors by name, each with the same shape, element type and bits."""
+    return ours.keys() == theirs.keys() and all(_same_bits(ours[name], theirs[name]) for name in ours)
+
+
+def _same_bits(one: Tensor, other: Tensor) -> bool:
+    # Bytes, not values: 0.0 equals -0.0, and a NaN not even itself.
+    return one.dtype == other.dtype and one.shape == other.shape and torch.equal(_bytes(one), _bytes(other))
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+
+
+def accuracy(scenario: Scenario, predicted: NDArray[np.int64]) -> float:
+    """Share of the test set that was predicted right."""
+    return float((predicted == scenario.test.labels).mean())
 
 
 def triggered_inputs(scenario: Scenario, predicted: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -38,15 +66,14 @@ def attack_success(scenario: Scenario, predicted_triggered: NDArray[np.int64]) -
     return float((predicted_triggered[others] == scenario.attack.target).mean())
 
 
-def trace_precision(traces: list[TraceStatement], lineage: Lineage) -> float:
+def trace_precision(traced: Traced, lineage: Lineage) -> float:
     """Mean share of planted records among the neighbours."""
-    return float(np.mean([np.mean([lineage.is_poisoned(n.record) for n in trace.neighbours]) for trace in traces]))
+    return float(np.mean([np.mean([lineage.is_poisoned(r) for r in neighbours]) for neighbours in traced]))
 
 
-def trace_contributor_accuracy(traces: list[TraceStatement], culprit: str) -> float:
+def trace_contributor_accuracy(traced: Traced, culprit: str) -> float:
     """Share of traces whose neighbours are mostly the culprit's."""
-    mostly = [sum(n.record.party == culprit for n in trace.neighbours) * 2 > len(trace.neighbours) for trace in traces]
-    return float(np.mean(mostly))
+    return float(np.mean([sum(r.party == culprit for r in rows) * 2 > len(rows) for rows in traced]))
 
 
 def mislabel_auroc(scores: Mapping[RecordRef, float], lineage: Lineage) -> float:
@@ -55,10 +82,5 @@ def mislabel_auroc(scores: Mapping[RecordRef, float], lineage: Lineage) -> float
     The planted backdoor records count as others: they are another party's doing, and another finding.
     """
     references = sorted(scores)
-    truth = [bool(lineage.rows[r][0].mislabelled[lineage.rows[r][1]]) for r in references]
+    truth = [lineage.is_mislabelled(r) for r in references]
     return float(roc_auc_score(truth, [scores[r] for r in references]))
-
-
-def culprit_of(scenario: Scenario) -> str:
-    """The party that planted the backdoor."""
-    return next(holding.name for holding in scenario.holdings if holding.poisoned.any())

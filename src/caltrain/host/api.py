@@ -26,13 +26,14 @@ from typing import Any
 import msgspec
 from fastapi import FastAPI, Request, Response
 from fastapi.concurrency import run_in_threadpool
-from fastapi.responses import FileResponse
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import FileResponse, StreamingResponse
+from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from caltrain.attestation.evidence import Nonce, Purpose
-from caltrain.boundary.sealed import MAX_SEALED
 from caltrain.crypto.digests import canonical_json
-from caltrain.crypto.dsse import Envelope, envelope_from_json
+from caltrain.crypto.dsse import MAX_ENVELOPE_BYTES, Envelope, envelope_from_json
 from caltrain.errors import (
     AccessError,
     CaltrainError,
@@ -46,10 +47,9 @@ from caltrain.host.conductor import Conductor
 from caltrain.host.uploads import receive_shard
 
 MAX_NOTE = 1 << 20
-MAX_QUERY = MAX_SEALED * 2
 ARTIFACTS = re.compile(
-    r"^(center|release\.json|suspicion\.json|chain\.jsonl|(release|suspicion)/[a-z0-9-]{1,40}"
-    r"|countersignatures/[a-z0-9-]{1,40}\.json)$"
+    r"center|release\.json|suspicion\.json|chain\.jsonl|(release|suspicion)/[a-z0-9-]{1,40}"
+    r"|countersignatures/[a-z0-9-]{1,40}\.json"
 )
 _STATUS: dict[type[CaltrainError], int] = {
     AccessError: 403,
@@ -59,7 +59,13 @@ _STATUS: dict[type[CaltrainError], int] = {
     ProtocolError: 409,
     EnvironmentFault: 503,
 }
-_BY_CODE = {"upload.too-large": 413, "user.budget-spent": 429, "storage.full": 507, "http.no-such-artifact": 404}
+_BY_CODE = {
+    "upload.too-large": 413,
+    "user.budget-spent": 429,
+    "storage.full": 507,
+    "http.no-such-artifact": 404,
+    "host.internal": 500,
+}
 
 
 def create_app(conductor: Conductor) -> FastAPI:
@@ -72,14 +78,15 @@ def create_app(conductor: Conductor) -> FastAPI:
         await run_in_threadpool(conductor.stop)
 
     app = FastAPI(title="CalTrain host", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
-    app.add_exception_handler(CaltrainError, _render)
+    for kind in (CaltrainError, RequestValidationError, HTTPException, ClientDisconnect, Exception):
+        app.add_exception_handler(kind, _render)
     _run_routes(app, conductor)
     _party_routes(app, conductor)
 
     @app.post("/v1/users/{user}/query")
     async def query(user: str, request: Request) -> Response:
         conductor.plan.user(user)
-        envelope = await _envelope(request, MAX_QUERY)
+        envelope = await _envelope(request, MAX_ENVELOPE_BYTES)
         return Response(await run_in_threadpool(conductor.query, user, envelope), media_type="application/octet-stream")
 
     return app
@@ -114,12 +121,13 @@ def _run_routes(app: FastAPI, conductor: Conductor) -> None:
 
     @app.get("/v1/artifacts/{name:path}")
     async def artifact(name: str) -> Response:
-        path = conductor.store.path(name) if ARTIFACTS.match(name) else None
-        if path is None or not path.is_file():
+        if not ARTIFACTS.fullmatch(name) or not conductor.store.path(name).is_file():
             raise AccessError(
                 "http.no-such-artifact", f"no artifact {name[:80]!r}", step="get artifact", fix="Wait for its phase."
             )
-        return FileResponse(path, media_type="application/octet-stream")
+        size, pieces = conductor.store.snapshot(name)
+        length = {"Content-Length": str(size)}
+        return StreamingResponse(pieces, media_type="application/octet-stream", headers=length)
 
 
 def _party_routes(app: FastAPI, conductor: Conductor) -> None:
@@ -137,23 +145,41 @@ def _party_routes(app: FastAPI, conductor: Conductor) -> None:
 
     @app.put("/v1/parties/{party}/shards/{shard}")
     async def put_shard(party: str, shard: str, request: Request) -> Response:
-        try:
-            header = await receive_shard(conductor.store, conductor.plan, party, shard, request)
-        except ClientDisconnect:
-            raise ProtocolError(
-                "upload.cut-short", "the upload broke off", step="receive shard", fix="Send the shard again."
-            ) from None
+        header = await receive_shard(conductor.store, conductor.plan, party, shard, request)
         conductor.notify()
         return _json(header)
 
 
-async def _render(request: Request, error: Exception) -> Response:
-    if not isinstance(error, CaltrainError):
-        raise error
-    status = _BY_CODE.get(error.code) or _STATUS.get(type(error), 400)
+async def _render(_: Request, raised: Exception) -> Response:
+    error, status = _named(raised), None
+    if isinstance(raised, HTTPException):
+        status = raised.status_code
+    status = status or _BY_CODE.get(error.code) or _STATUS.get(type(error), 400)
     headers = {"Retry-After": "2"} if status in {429, 503} else {}
     # The rest of a refused body is never read: the connection ends with the answer.
     return _json({"error": error.diagnostics()}, status=status, headers=headers | {"Connection": "close"})
+
+
+def _named(error: Exception) -> CaltrainError:
+    """The error as one of ours: a caller never gets another form than the one that this module promises."""
+    match error:
+        case CaltrainError():
+            return error
+        case RequestValidationError():
+            return _bad_argument("an argument is missing or malformed")
+        case ClientDisconnect():
+            return IntegrityError("upload.cut-short", "the upload broke off", step="read request", fix="Send it again.")
+        case HTTPException():
+            return ProtocolError(
+                "http.no-such-route", f"no such request: {error.detail}", step="read request", fix="Use this version's."
+            )
+        case _:
+            return ProtocolError(
+                "host.internal",
+                f"the host failed unexpectedly: {type(error).__name__}",
+                step="answer request",
+                fix="Report this with the host's log.",
+            )
 
 
 def _json(value: Any, *, status: int = 200, headers: dict[str, str] | None = None) -> Response:
@@ -178,9 +204,10 @@ def _convert(value: Any, type_: Any) -> Any:
     try:
         return msgspec.convert(value, type_)
     except msgspec.ValidationError as error:
-        raise ProtocolError(
-            "http.bad-argument",
-            str(error),
-            step="read query",
-            fix="Send purpose=training|query and a 32-byte hex nonce.",
-        ) from None
+        raise _bad_argument(str(error)) from None
+
+
+def _bad_argument(what: str) -> ProtocolError:
+    return ProtocolError(
+        "http.bad-argument", what, step="read query", fix="Send purpose=training|query and a 32-byte hex nonce."
+    )

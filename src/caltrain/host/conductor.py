@@ -10,6 +10,7 @@ import math
 import os
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -20,7 +21,7 @@ from caltrain.attestation.evidence import EvidenceBundle, Purpose
 from caltrain.boundary import messages as m
 from caltrain.crypto.digests import canonical_json
 from caltrain.crypto.dsse import Envelope
-from caltrain.errors import CaltrainError, ProtocolError
+from caltrain.errors import CaltrainError, ProtocolError, from_wire
 from caltrain.host.store import Store
 from caltrain.models.spec import layer_shapes
 from caltrain.plan import Plan, RunManifest, check_approval, check_countersignature
@@ -66,13 +67,13 @@ class Conductor:
         self._started = auto_start
         self._stopping = False
         self._epoch_began = 0.0
+        self._events: deque[Envelope] = deque()
         self._thread = threading.Thread(target=self._conduct, name="conductor", daemon=True)
 
     # -- life ----------------------------------------------------------------------------------------------------
 
     def begin(self) -> None:
         """Launch the enclave and conduct the run in a thread."""
-        self.store.put("plan.json", canonical_json(self.plan))
         self._thread.start()
 
     def stop(self) -> None:
@@ -123,8 +124,9 @@ class Conductor:
         if self.manifest is None:
             raise _not_yet("manifest")
         check_countersignature(self.plan, self.manifest, party, envelope)
-        self._ask(m.Countersign(party, envelope))
+        # Kept first: the enclave takes a signature once, and one that cannot be kept must be sent again.
         self.store.put(f"countersignatures/{party}.json", msgspec.json.encode(envelope))
+        self._ask(m.Countersign(party, envelope))
         self.countersigned.add(party)
         self.notify()
 
@@ -144,7 +146,7 @@ class Conductor:
             self._enrol()
             self._ingest_and_train()
             self._phase("linked")
-            self._wait("linked", lambda: {"model users"})  # the enclave dies with this thread
+            self._wait("linked", lambda: {"model users"})
         except CaltrainError as error:
             self._fail(error.diagnostics())
         except Exception as error:  # noqa: BLE001  # the thread's last line: whatever ended the run must be seen
@@ -156,6 +158,9 @@ class Conductor:
                     fix="Report this with the host's log.",
                 ).diagnostics()
             )
+        finally:
+            if self._enclave is not None:
+                self._enclave.stop()  # whatever ended the run: what the enclave holds ends with it
 
     def _fail(self, diagnostics: dict[str, str]) -> None:
         if not self._stopping:
@@ -166,6 +171,7 @@ class Conductor:
         # Imported here: the HTTP server must be up and answering before torch is loaded.
         from caltrain.host.launcher import launch  # noqa: PLC0415
 
+        self.store.put("plan.json", canonical_json(self.plan))
         log = os.open(self.store.path("enclave.log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         try:
             self._enclave = launch(
@@ -230,10 +236,15 @@ class Conductor:
         return enclave.request(request) if wait is None else enclave.request(request, wait=wait)
 
     def _keep_events(self, events: tuple[Envelope, ...]) -> None:
-        for event in events:
-            self.store.append_line("chain.jsonl", msgspec.json.encode(event))
+        # One that could not be kept (a full disk) stays first in the queue: a chain with a hole would be worthless.
+        self._events.extend(events)
+        while self._events:
+            self.store.append_line("chain.jsonl", msgspec.json.encode(self._events[0]))
+            self._events.popleft()
 
     def _running(self) -> Enclave:
+        if self.status.error is not None:
+            raise from_wire(self.status.error)
         if self._enclave is None:
             raise _not_yet("enclave")
         return self._enclave
@@ -244,6 +255,7 @@ class Conductor:
             while gone := missing():
                 if self._stopping:
                     raise _not_yet(phase)
+                self._running().check_alive()
                 self.status.waiting_for = sorted(gone)
                 self._changed.wait(timeout=1)
         self.status.waiting_for = []

@@ -78,24 +78,39 @@ class Enclave:
             )
         try:
             return self._converse(message)
+        except EnvironmentFault as error:
+            if error.code == "door.closed":
+                raise self._died() from error
+            raise
         finally:
             self._lock.release()
 
+    def check_alive(self) -> None:
+        """Raise EnvironmentFault `enclave.died` if the program has ended."""
+        if self.process.poll() is not None:
+            raise self._died()
+
     def stop(self) -> None:
-        """End the program: politely where it listens, otherwise by signal."""
-        if self.process.poll() is None and self._lock.acquire(timeout=0.2):
+        """End the program: politely where it listens, by signal where it is at work. What it holds is gone."""
+        if self._lock.acquire(timeout=0.2):
             try:
                 self.channel.send(Stop())
             except EnvironmentFault:
                 pass  # it is gone already, or about to be
             finally:
+                self.channel.close()
                 self._lock.release()
-        self.channel.close()
-        try:
-            self.process.wait(timeout=_STOP_SECONDS)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
+        else:
+            self.process.kill()  # the thread that converses sees the stream end
+        _end(self.process)
+
+    def _died(self) -> EnvironmentFault:
+        return EnvironmentFault(
+            "enclave.died",
+            f"the enclave program has ended (exit status {_end(self.process)})",
+            step="converse with the enclave",
+            fix="Read enclave.log in the host's folder, then start a new run: what the enclave held is lost.",
+        )
 
     def _converse(self, message: Request) -> Done:
         self.channel.send(message)
@@ -181,14 +196,23 @@ def launch(
         if not isinstance(ready, Ready):
             raise _misbehaves("its first words are not Ready")
     except CaltrainError as error:
-        process.kill()
+        channel.close()
         raise EnvironmentFault(
             "enclave.did-not-start",
-            f"the enclave program ended at once (exit status {process.wait()}): {error.what}",
+            f"the enclave program ended at once (exit status {_end(process)}): {error.what}",
             step="launch enclave",
             fix="Read enclave.log in the host's folder; `caltrain doctor` says what the sandbox needs.",
         ) from error
     return Enclave(process, channel, store, ready, on_progress, on_events)
+
+
+def _end(process: subprocess.Popen[bytes]) -> int:
+    """Exit status of a program whose stream has ended; one that goes on all the same is killed."""
+    try:
+        return process.wait(timeout=_STOP_SECONDS)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        return process.wait()
 
 
 def _misbehaves(what: str) -> ProtocolError:

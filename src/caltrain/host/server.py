@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import socket
 from pathlib import Path
 
@@ -16,26 +17,34 @@ from caltrain.plan import Plan
 
 
 def bind(address: str, port: int) -> socket.socket:
-    """A listening socket. Raises EnvironmentFault `host.port-in-use`. Port 0 takes a free one."""
+    """A listening socket. Port 0 takes a free one. Raises EnvironmentFault `host.port-in-use`, `host.cannot-listen`."""
     sock = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         sock.bind((address, port))
         sock.listen(128)
-    except OSError as error:
+    except (OSError, OverflowError) as error:
         sock.close()
+        in_use = isinstance(error, OSError) and error.errno == errno.EADDRINUSE
         raise EnvironmentFault(
-            "host.port-in-use",
-            f"cannot listen on {address}:{port}: {error.strerror}",
+            "host.port-in-use" if in_use else "host.cannot-listen",
+            f"cannot listen on {address}:{port}: {error}",
             step="start host",
-            fix="Choose another --port, or stop the program that uses this one.",
+            fix="Choose another --port, or stop the program that uses this one."
+            if in_use
+            else "Choose an --address of this machine and a --port that this user may use.",
         ) from error
     return sock
 
 
 def serve(plan: Plan, *, folder: Path, sock: socket.socket, root: SigningKey, auto_start: bool) -> None:
-    """Serve one run from `folder` on a bound socket until SIGINT or SIGTERM; the enclave ends with it."""
-    conductor = Conductor(plan, Store(folder), root_secret=root.private_bytes(), auto_start=auto_start)
+    """Serve one run from `folder` on a bound socket until SIGINT or SIGTERM; the enclave ends with it.
+
+    Then raises that signal again. Raises EnvironmentFault for a folder that cannot be used.
+    """
+    store = Store(folder)
+    store.renew()
+    conductor = Conductor(plan, store, root_secret=root.private_bytes(), auto_start=auto_start)
     config = uvicorn.Config(
         create_app(conductor), log_level="warning", access_log=False, timeout_graceful_shutdown=5, lifespan="on"
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import threading
 import uuid
@@ -13,6 +14,9 @@ from typing import BinaryIO
 
 from caltrain.boundary.messages import StoredShard
 from caltrain.errors import EnvironmentFault, ProtocolError
+
+_PIECE = 1 << 20
+_KEPT = {"shards", "incoming", "earlier", "lock"}
 
 
 @contextmanager
@@ -29,6 +33,32 @@ def _disk(step: str) -> Iterator[None]:
         ) from error
 
 
+@contextmanager
+def _present(name: str) -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError:
+        raise EnvironmentFault(
+            "storage.missing", f"the host has no object {name}", step="read object", fix="Send it again."
+        ) from None
+
+
+def _write_all(fd: int, data: bytes, offset: int) -> None:
+    view = memoryview(data)
+    while view:
+        written = os.pwrite(fd, view, offset)
+        view, offset = view[written:], offset + written
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename in `folder` outlast a power failure."""
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
 class Store:
     """Objects by name under `root`. Names come from typed messages or are made here; they hold no `..`."""
 
@@ -38,6 +68,38 @@ class Store:
         with _disk("open storage"):
             for folder in (root / "shards", root / "incoming"):
                 folder.mkdir(parents=True, exist_ok=True)
+
+    def renew(self) -> None:
+        """Take the folder for a new run, for as long as this process lives.
+
+        What an earlier run left goes to `earlier/N`, but for the shards, which may serve again, and the pool, whose
+        key is lost; half uploads go. Raises EnvironmentFault `storage.in-use` while another process has the folder.
+        """
+        with _disk("open storage"):
+            self._claim = (self.root / "lock").open("wb")
+            try:
+                fcntl.flock(self._claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                self._claim.close()
+                raise EnvironmentFault(
+                    "storage.in-use",
+                    f"another host serves from {self.root}",
+                    step="open storage",
+                    fix="Choose another --folder, or stop that host.",
+                ) from None
+            for dead in (*self.root.glob("incoming/*"), *self.root.glob("pool-*")):
+                dead.unlink()
+            if (self.root / "chain.jsonl").exists():
+                self._set_aside()
+
+    def _set_aside(self) -> None:
+        earlier = self.root / "earlier"
+        earlier.mkdir(exist_ok=True)
+        aside = earlier / str(sum(1 for _ in earlier.iterdir()))
+        aside.mkdir()
+        for path in self.root.iterdir():
+            if path.name not in _KEPT:
+                path.rename(aside / path.name)
 
     def path(self, name: str) -> Path:
         """Where an object lies. Raises ProtocolError for a name that leaves the folder."""
@@ -50,14 +112,20 @@ class Store:
 
     def read(self, name: str, *, offset: int, length: int) -> bytes:
         """At most `length` bytes from `offset`. Raises EnvironmentFault `storage.missing`."""
-        try:
-            with self.path(name).open("rb") as file:
-                file.seek(offset)
-                return file.read(length)
-        except FileNotFoundError:
-            raise EnvironmentFault(
-                "storage.missing", f"the host has no object {name}", step="read object", fix="Send it again."
-            ) from None
+        with _disk(f"read {name}"), _present(name), self.path(name).open("rb") as file:
+            file.seek(offset)
+            return file.read(length)
+
+    def snapshot(self, name: str) -> tuple[int, Iterator[bytes]]:
+        """Size and bytes of an object as it is now: what is appended while they are read is not in them."""
+        with _disk(f"read {name}"), _present(name), self._lock:
+            size = self.path(name).stat().st_size
+
+        def pieces() -> Iterator[bytes]:
+            for offset in range(0, size, _PIECE):
+                yield self.read(name, offset=offset, length=min(_PIECE, size - offset))
+
+        return size, pieces()
 
     def write(self, name: str, data: bytes, *, offset: int) -> None:
         """Write into a growing object of the enclave's (its pool)."""
@@ -66,10 +134,7 @@ class Store:
             path.parent.mkdir(parents=True, exist_ok=True)
             fd = os.open(path, os.O_WRONLY | os.O_CREAT, 0o600)
             try:
-                view = memoryview(data)
-                while view:
-                    written = os.pwrite(fd, view, offset)
-                    view, offset = view[written:], offset + written
+                _write_all(fd, data, offset)
             finally:
                 os.close(fd)
 
@@ -80,9 +145,14 @@ class Store:
             self.publish(file, name)
 
     def append_line(self, name: str, line: bytes) -> None:
-        """Add a line to a log."""
-        with _disk(f"append to {name}"), self._lock, self.path(name).open("ab") as file:
-            file.write(line + b"\n")
+        """Add a line to a log: all of it, or nothing."""
+        with _disk(f"append to {name}"), self._lock, self.path(name).open("ab", buffering=0) as file:
+            end = file.seek(0, os.SEEK_END)
+            try:
+                _write_all(file.fileno(), line + b"\n", end)
+            except OSError:
+                file.truncate(end)
+                raise
 
     @contextmanager
     def incoming(self) -> Iterator[BinaryIO]:
@@ -102,6 +172,11 @@ class Store:
             target = self.path(name)
             target.parent.mkdir(parents=True, exist_ok=True)
             Path(file.name).rename(target)
+            _sync_folder(target.parent)
+
+    def shard_ids(self, party: str) -> set[str]:
+        """Ids of the shards of one contributor."""
+        return {path.name for path in self.path(f"shards/{party}").glob("*")}
 
     def shards(self) -> tuple[StoredShard, ...]:
         """All shards, by contributor and id."""

@@ -5,13 +5,15 @@ from __future__ import annotations
 import io
 
 from fastapi import Request
+from fastapi.concurrency import run_in_threadpool
 
 from caltrain.errors import IntegrityError, ProtocolError
 from caltrain.host.store import Store
-from caltrain.plan import Plan
+from caltrain.plan import MAX_SHARDS, Plan
 from caltrain.records import shard as shards
 
 MAX_SHARD_BYTES = 8 << 30
+_MAX_DIGITS = 19
 _HEAD = len(shards.MAGIC) + 4 + shards.MAX_HEADER_BYTES
 _STEP = "receive shard"
 
@@ -19,12 +21,20 @@ _STEP = "receive shard"
 async def receive_shard(store: Store, plan: Plan, party: str, shard_id: str, request: Request) -> shards.ShardHeader:
     """Stream a shard of `party` into the store. Nothing stays unless header, signature, name and length all fit.
 
-    Raises AccessError for an unknown party, IntegrityError for a bad shard, ProtocolError `upload.too-large`.
+    Raises AccessError for an unknown party, IntegrityError for a bad shard, ProtocolError `upload.too-large`,
+    `upload.too-many`.
     """
     public_key = plan.party(party).public_key
     declared = request.headers.get("content-length", "0")
-    if not declared.isdecimal() or int(declared) > MAX_SHARD_BYTES:
+    if len(declared) > _MAX_DIGITS or not declared.isdecimal() or int(declared) > MAX_SHARD_BYTES:
         raise _too_large(MAX_SHARD_BYTES)
+    if len(store.shard_ids(party) - {shard_id}) >= MAX_SHARDS:
+        raise ProtocolError(
+            "upload.too-many",
+            f"{party} has sent {MAX_SHARDS} shards already",
+            step=_STEP,
+            fix="Seal into larger shards.",
+        )
     with store.incoming() as file:
         head, expected, header = bytearray(), None, None
         received = 0
@@ -46,7 +56,7 @@ async def receive_shard(store: Store, plan: Plan, party: str, shard_id: str, req
                 step=_STEP,
                 fix="Send the whole shard again.",
             )
-        store.publish(file, f"shards/{party}/{shard_id}")
+        await run_in_threadpool(store.publish, file, f"shards/{party}/{shard_id}")
     return header
 
 
@@ -74,7 +84,10 @@ def _open(head: bytes, plan: Plan, party: str, shard_id: str, public_key: str) -
             step=_STEP,
             fix="Seal the records again with this plan.",
         )
-    return header, offset + header.records * header.frame_bytes
+    expected = offset + header.records * header.frame_bytes
+    if expected > MAX_SHARD_BYTES:
+        raise _too_large(MAX_SHARD_BYTES)
+    return header, expected
 
 
 def _too_large(limit: int) -> ProtocolError:

@@ -12,7 +12,7 @@ from caltrain.crypto.merkle import inclusion_proof
 from caltrain.errors import LineageError
 from caltrain.host_client import HostClient
 from caltrain.participant.identity import Identity
-from caltrain.participant.seal import shard_path
+from caltrain.participant.seal import read_own_header, shard_path
 from caltrain.plan import Plan
 from caltrain.records import shard as shards
 from caltrain.records.commitment import RecordRef, commit
@@ -30,9 +30,9 @@ def disclose(identity: Identity, plan: Plan, reference: RecordRef) -> tuple[Enve
     step = f"read {path.name}"
     commitments: list[bytes] = []
     found: tuple[bytes, bytes] | None = None
+    header = read_own_header(identity, path)
     with path.open("rb") as file:
-        envelope, _ = shards.read_header(file, step=step)
-        header = shards.open_header(envelope, contributor=identity.name, public_key=identity.signer.public, step=step)
+        shards.read_header(file, step=step)
         chunks = shards.read_chunks(file)
         for leaf, salt, record in shards.open_frames(header, identity.data_key, chunks, schema=plan.data, step=step):
             commitments.append(commit(RecordRef(identity.name, header.shard, leaf), salt=salt, record=record))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import binascii
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,8 @@ from typing import Annotated
 import msgspec
 
 from caltrain.crypto.dsse import PublicKey, SigningKey
-from caltrain.errors import ConfigError
+from caltrain.errors import UNDECODABLE, ConfigError
+from caltrain.participant.files import alone, write_whole
 from caltrain.records.commitment import PartyName
 
 
@@ -44,7 +44,10 @@ class Identity:
 
 
 def create_identity(folder: Path, name: str) -> Identity:
-    """Draw keys and write them with owner-only rights. Refuses to replace existing ones."""
+    """Draw keys and write them with owner-only rights.
+
+    Raises ConfigError `identity.name`, `identity.exists` (keys are never replaced), EnvironmentFault.
+    """
     try:
         public = msgspec.convert({"name": name, "public_key": SigningKey().public}, PublicIdentity)
     except msgspec.ValidationError:
@@ -54,24 +57,22 @@ def create_identity(folder: Path, name: str) -> Identity:
             step="keygen",
             fix="Choose another name.",
         ) from None
-    secrets = folder / "secrets.json"
-    if secrets.exists():
-        raise ConfigError(
-            "identity.exists",
-            f"{folder} already holds keys",
-            step="keygen",
-            fix="Choose another folder; records sealed under the old keys would be lost with them.",
-        )
-    folder.mkdir(parents=True, exist_ok=True)
     identity = Identity(folder, public.name, SigningKey(), os.urandom(32))
     encoded = _Secrets(
         signing_key=base64.b64encode(identity.signer.private_bytes()).decode(),
         data_key=base64.b64encode(identity.data_key).decode(),
     )
-    fd = os.open(secrets, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(fd, "wb") as file:
-        file.write(msgspec.json.encode(encoded))
-    (folder / "identity.json").write_bytes(msgspec.json.encode(identity.public))
+    secrets = folder / "secrets.json"
+    with alone(folder / "keys.lock"):
+        if os.path.lexists(secrets):
+            raise ConfigError(
+                "identity.exists",
+                f"{folder} already holds keys",
+                step="keygen",
+                fix="Choose another folder; records sealed under the old keys would be lost with them.",
+            )
+        write_whole(folder / "identity.json", msgspec.json.encode(identity.public))
+        write_whole(secrets, msgspec.json.encode(encoded))  # last: with it the identity is whole
     return identity
 
 
@@ -84,7 +85,7 @@ def load_identity(folder: Path) -> Identity:
         data_key = base64.b64decode(secrets.data_key, validate=True)
         if signer.public != public.public_key or len(data_key) != 32:
             raise ValueError("keys do not belong together")
-    except (OSError, ValueError, binascii.Error) as error:
+    except (OSError, *UNDECODABLE) as error:
         raise ConfigError(
             "identity.unreadable",
             f"{folder} does not hold the keys of a party or user: {error}",

@@ -14,8 +14,6 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-import msgspec
-
 from caltrain.attestation.evidence import Binding, EvidenceBundle
 from caltrain.attestation.verify import Claims, Policy, verify_evidence
 from caltrain.boundary.sealed import PartySecret, ProvisionReceipt, seal_message, transcript_digest
@@ -26,7 +24,7 @@ from caltrain.participant.identity import Identity
 from caltrain.participant.journal import remember_manifest
 from caltrain.participant.receive import receive
 from caltrain.participant.seal import own_shards, shard_path
-from caltrain.plan import ManifestApproval, ManifestShard, Plan, PlanApproval, RunManifest, plan_from_json
+from caltrain.plan import ManifestApproval, ManifestShard, Plan, PlanApproval, RunManifest
 
 OnStep = Callable[[str], None]
 _AFTER_PROVISIONING = {"countersignatures", "shards", "start", "ingest", "train", "release", "link", "linked"}
@@ -60,7 +58,8 @@ def join(
     on_step: OnStep = lambda _text: None,
 ) -> RunManifest:
     """All eight steps. Returns the manifest of the finished run; the party's folder holds model and chain."""
-    theirs = plan_from_json(msgspec.json.encode(host.get("/v1/plan", dict[str, Any])))
+    approval, shards = approval_of(plan, identity), own_shards(identity)
+    theirs = host.get("/v1/plan", Plan)
     if theirs.digest() != plan.digest():
         raise ProvisioningError(
             "plan.other-at-host",
@@ -68,12 +67,17 @@ def join(
             step="compare plans",
             fix="Give the host the plan that all parties approved.",
         )
-    host.post(f"/v1/parties/{identity.name}/approval", approval_of(plan, identity), dict[str, Any])
-    shards = own_shards(identity)
+    host.post(f"/v1/parties/{identity.name}/approval", approval, dict[str, Any])
     for shard in shards:
         host.upload(f"/v1/parties/{identity.name}/shards/{shard.shard}", shard_path(identity, shard.shard))
     on_step(f"approved the plan, sent {len(shards)} sealed shards")
-    host.wait_for({"provisioning"}, seconds=seconds)
+    if host.wait_for({"provisioning"} | _AFTER_PROVISIONING, seconds=seconds).phase != "provisioning":
+        raise ProvisioningError(
+            "join.too-late",
+            f"the run has all keys already, {identity.name}'s too: a join that broke off cannot be taken up again",
+            step="wait for provisioning",
+            fix="Have the operator start the run anew, and all parties join again.",
+        )
     membership = provision(host, plan, identity, policy, shards=shards, clock=clock)
     on_step(f"verified the {'simulated ' if membership.claims.simulated else ''}enclave, handed over the data key")
     host.wait_for(_AFTER_PROVISIONING, seconds=seconds)
@@ -105,7 +109,12 @@ def provision(
         signed, "provision-receipt", bundle.binding.signing_key, ProvisionReceipt, step="check receipt"
     )
     if receipt.transcript != transcript_digest(bundle.binding, identity.name):
-        raise _mismatch("the receipt is for another message")
+        raise ProvisioningError(
+            "provision.other-receipt",
+            "the enclave's receipt is for another message than ours",
+            step="check receipt",
+            fix="Do not countersign: the host mixes up answers. Join again, or ask the operator.",
+        )
     return Membership(plan, bundle.binding, claims, shards)
 
 

@@ -6,27 +6,39 @@ signature leaves, so a crash can only make the party refuse too much.
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import msgspec
 
-from caltrain.errors import ConfigError, ProvisioningError
+from caltrain.errors import UNDECODABLE, ConfigError, ProvisioningError
+from caltrain.participant.files import alone, write_whole
 
 
 def remember_manifest(folder: Path, *, plan: str, manifest: str, allow_second: bool) -> None:
-    """Note that `manifest` will be countersigned for `plan`.
+    """Note that `manifest` will be countersigned for `plan`; on return the note is on the disk.
 
-    Raises ProvisioningError `manifest.second` when another one was, unless `allow_second`.
+    Raises ProvisioningError `manifest.second` when another one was, unless `allow_second`; ConfigError
+    `journal.unreadable`, EnvironmentFault.
     """
     path = folder / "journal.json"
+    with alone(folder / "journal.lock"):
+        entries = _read(path)
+        _check(entries.get(plan), manifest, allow_second=allow_second)
+        write_whole(path, msgspec.json.encode(entries | {plan: manifest}))
+
+
+def _read(path: Path) -> dict[str, str]:
     try:
-        entries = msgspec.json.decode(path.read_bytes(), type=dict[str, str]) if path.exists() else {}
-    except msgspec.MsgspecError as error:
+        return msgspec.json.decode(path.read_bytes(), type=dict[str, str])
+    except FileNotFoundError:
+        return {}
+    except (OSError, *UNDECODABLE) as error:
         raise ConfigError(
             "journal.unreadable", f"{path} is damaged: {error}", step="read journal", fix="Restore it from a copy."
         ) from None
-    before = entries.get(plan)
+
+
+def _check(before: str | None, manifest: str, *, allow_second: bool) -> None:
     if before not in {None, manifest} and not allow_second:
         raise ProvisioningError(
             "manifest.second",
@@ -34,9 +46,3 @@ def remember_manifest(folder: Path, *, plan: str, manifest: str, allow_second: b
             step="countersign",
             fix="Refuse: somebody runs your plan a second time. If the parties agreed to that, allow it explicitly.",
         )
-    temporary = path.with_suffix(".part")
-    with temporary.open("wb") as file:
-        file.write(msgspec.json.encode(entries | {plan: manifest}))
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.rename(path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Annotated
 
@@ -10,13 +11,15 @@ import msgspec
 from caltrain.boundary.sealed import ReleasedPart, SuspicionReport, open_for
 from caltrain.crypto.digests import Digest
 from caltrain.crypto.dsse import MAX_ENVELOPE_BYTES, Envelope, open_envelope
-from caltrain.errors import IntegrityError
+from caltrain.errors import UNDECODABLE, EnvironmentFault, IntegrityError
 from caltrain.host_client import HostClient
+from caltrain.participant.files import write_whole
 from caltrain.participant.identity import Identity
 from caltrain.plan import Plan, RunManifest
 from caltrain.provenance.chain import MAX_EVENTS, verify_chain
 from caltrain.provenance.statements import LinkedModel, ModelStatement
 
+MAX_CHAIN_BYTES = 1 << 30
 _STEP = "receive model"
 
 
@@ -50,7 +53,8 @@ def receive(host: HostClient, plan: Plan, identity: Identity, manifest: RunManif
     linked_envelope = _envelope(host, "suspicion.json")
     linked = open_envelope(linked_envelope, "linked-model", key, LinkedModel, step=_STEP)
     same_model = part.model == statement.model == linked.model
-    if not same_model or (statement.manifest, linked.run) != (manifest.digest(), manifest.run):
+    run = (statement.manifest, statement.run, linked.run)
+    if not same_model or run != (manifest.digest(), manifest.run, manifest.run):
         raise _mismatch("release, statement and link do not speak of one model of this run")
     weights = join_weights(plan, part.weights, host.artifact("center"), digest=part.model)
     suspicion = open_for(
@@ -61,8 +65,12 @@ def receive(host: HostClient, plan: Plan, identity: Identity, manifest: RunManif
         context=manifest.run,
         step=_STEP,
     )
-    chain = read_chain(host.artifact("chain.jsonl"))
+    if suspicion.model != part.model:
+        raise _mismatch("the suspicion report is of another model")
+    chain = read_chain(host.artifact("chain.jsonl", limit=MAX_CHAIN_BYTES))
     events = verify_chain(chain, run=manifest.run, signing_key=key)
+    if not any(event.kind == "link" and event.body.get("model") == part.model for event in events):
+        raise _mismatch("the chain does not reach the link of this model")
     record = RunRecord(
         manifest=manifest,
         model=part.model,
@@ -92,27 +100,32 @@ def read_chain(raw: bytes) -> list[Envelope]:
         raise _mismatch(f"a chain of {len(lines)} events")
     try:
         return [msgspec.json.decode(line, type=Envelope) for line in lines]
-    except msgspec.MsgspecError as error:
+    except UNDECODABLE as error:
         raise _mismatch(f"the chain is not readable: {error}") from None
 
 
 def _envelope(host: HostClient, name: str) -> Envelope:
     try:
         return msgspec.json.decode(host.artifact(name, limit=MAX_ENVELOPE_BYTES), type=Envelope)
-    except msgspec.MsgspecError as error:
+    except UNDECODABLE as error:
         raise _mismatch(f"{name} is not an envelope: {error}") from None
 
 
 def _keep(
     folder: Path, plan: Plan, weights: bytes, record: RunRecord, suspicion: SuspicionReport, chain: list[Envelope]
 ) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "model.safetensors").write_bytes(weights)
-    (folder / "plan.json").write_bytes(msgspec.json.encode(plan))
-    (folder / "suspicion.json").write_bytes(msgspec.json.encode(suspicion))
-    (folder / "chain.jsonl").write_bytes(b"".join(msgspec.json.encode(e) + b"\n" for e in chain))
-    # Last, so that a folder with run.json is whole.
-    (folder / "run.json").write_bytes(msgspec.json.encode(record))
+    again = (folder / "run.json").exists()
+    try:
+        write_whole(folder / "model.safetensors", weights)
+        write_whole(folder / "plan.json", msgspec.json.encode(plan))
+        write_whole(folder / "suspicion.json", msgspec.json.encode(suspicion))
+        write_whole(folder / "chain.jsonl", b"".join(msgspec.json.encode(e) + b"\n" for e in chain))
+        # Last, so that a folder with run.json is whole.
+        write_whole(folder / "run.json", msgspec.json.encode(record))
+    except EnvironmentFault:
+        if not again:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def _mismatch(what: str) -> IntegrityError:

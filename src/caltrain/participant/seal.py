@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from caltrain.errors import DataError
+from caltrain.errors import DataError, IntegrityError
+from caltrain.participant.files import whole_file
 from caltrain.participant.identity import Identity
 from caltrain.plan import MAX_SHARDS, ManifestShard
 from caltrain.records import shard as shards
@@ -38,13 +39,20 @@ def seal_records(
     drop_duplicates: bool = False,
     shard_records: int = DEFAULT_SHARD_RECORDS,
 ) -> SealedData:
-    """Write shards of (N, C, H, W) images and (N,) labels into the party's folder.
+    """Write shards of (N, C, H, W) images and (N,) integer labels into the party's folder: all of them, or none.
 
-    Every record is checked first: on any error nothing is written. Raises DataError.
+    Raises DataError before anything is written, EnvironmentFault.
     """
     if len(images) != len(labels):
         raise DataError(
             "seal.lengths", f"{len(images)} images, {len(labels)} labels", step="seal", fix="Give one label an image."
+        )
+    if labels.ndim != 1 or labels.dtype.kind not in "iu":
+        raise DataError(
+            "seal.labels",
+            f"labels of {labels.shape} {labels.dtype}, not one integer a record",
+            step="seal",
+            fix="Give labels as numbers of classes.",
         )
     encoded = [encode_record(schema, image, int(label)) for image, label in zip(images, labels, strict=True)]
     kept, dropped = _distinct(encoded, drop=drop_duplicates)
@@ -53,8 +61,15 @@ def seal_records(
         raise DataError(
             "seal.count", f"{len(kept)} records make {len(groups)} shards", step="seal", fix=f"Make 1 to {MAX_SHARDS}."
         )
-    headers = tuple(_write(identity, schema, [encoded[row] for row in group]) for group in groups)
-    return SealedData(headers, tuple(groups), tuple(dropped))
+    headers: list[shards.ShardHeader] = []
+    try:
+        for group in groups:
+            headers.append(_write(identity, schema, [encoded[row] for row in group]))
+    except BaseException:  # Ctrl-C as well: a part of the records must not be taken for all of them
+        for header in headers:
+            shard_path(identity, header.shard).unlink(missing_ok=True)
+        raise
+    return SealedData(tuple(headers), tuple(groups), tuple(dropped))
 
 
 def plan_labels(part: Dataset, schema: DataSchema) -> NDArray[np.int64]:
@@ -63,9 +78,9 @@ def plan_labels(part: Dataset, schema: DataSchema) -> NDArray[np.int64]:
     A party's own numbering means nothing to the others. Raises DataError `seal.unknown-class`.
     """
     numbered = part.class_names == tuple(str(i) for i in range(len(part.class_names)))
-    if numbered and len(part.class_names) <= len(schema.classes):
-        return part.labels
     unknown = sorted(set(part.class_names) - set(schema.classes))
+    if unknown and numbered and len(part.class_names) <= len(schema.classes):
+        return part.labels
     if unknown:
         raise DataError(
             "seal.unknown-class",
@@ -96,27 +111,17 @@ def _distinct(encoded: list[bytes], *, drop: bool) -> tuple[list[int], list[int]
 
 def _write(identity: Identity, schema: DataSchema, records: list[bytes]) -> shards.ShardHeader:
     shard_id = os.urandom(16).hex()
-    folder = identity.folder / "shards"
-    folder.mkdir(exist_ok=True)
-    temporary = folder / f".{shard_id}.part"
-    try:
-        with temporary.open("xb") as out:
-            header = shards.write_shard(
-                out,
-                signer=identity.signer,
-                data_key=identity.data_key,
-                contributor=identity.name,
-                shard_id=shard_id,
-                schema=schema,
-                records=records,
-                salts=(os.urandom(SALT_BYTES) for _ in records),
-            )
-            out.flush()
-            os.fsync(out.fileno())
-        temporary.rename(shard_path(identity, shard_id))
-    finally:
-        temporary.unlink(missing_ok=True)
-    return header
+    with whole_file(shard_path(identity, shard_id)) as out:
+        return shards.write_shard(
+            out,
+            signer=identity.signer,
+            data_key=identity.data_key,
+            contributor=identity.name,
+            shard_id=shard_id,
+            schema=schema,
+            records=records,
+            salts=(os.urandom(SALT_BYTES) for _ in records),
+        )
 
 
 def shard_path(identity: Identity, shard_id: str) -> Path:
@@ -141,8 +146,13 @@ def own_shards(identity: Identity) -> tuple[ManifestShard, ...]:
 
 
 def read_own_header(identity: Identity, path: Path) -> shards.ShardHeader:
-    """Verified header of one of our shard files."""
+    """Verified header of one of our shard files. Raises IntegrityError."""
     step = f"read {path.name}"
     with path.open("rb") as file:
         envelope, _ = shards.read_header(file, step=step)
-    return shards.open_header(envelope, contributor=identity.name, public_key=identity.signer.public, step=step)
+    header = shards.open_header(envelope, contributor=identity.name, public_key=identity.signer.public, step=step)
+    if header.shard != path.stem:
+        raise IntegrityError(
+            "seal.misnamed", f"{path} holds the shard {header.shard}", step=step, fix="Give it that name, or remove it."
+        )
+    return header

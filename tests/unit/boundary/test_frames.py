@@ -113,6 +113,6 @@ def test_a_frame_that_is_too_large_is_not_begun() -> None:
     with sockets() as (near, far):
         with pytest.raises(ProtocolError, match=r"^frame\.too-large: "):
             send_frame(near, FrameKind.MESSAGE, bytes(MAX_FRAME))
-        far.setblocking(False)
+        far.settimeout(0)
         with pytest.raises(BlockingIOError):
             far.recv(1)

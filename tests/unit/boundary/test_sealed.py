@@ -1,0 +1,208 @@
+"""Sealed messages: one opens in one enclave, for one plan, purpose, nonce and sender, and only as it was sealed."""
+
+from __future__ import annotations
+
+import base64
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from caltrain.attestation.evidence import Binding
+from caltrain.boundary.sealed import (
+    MAX_QUESTIONS,
+    PartySecret,
+    Question,
+    SealedMessage,
+    open_for,
+    open_message,
+    seal_for,
+    seal_message,
+    transcript_digest,
+)
+from caltrain.crypto import hpke
+from caltrain.crypto.aead import seal
+from caltrain.crypto.digests import digest
+from caltrain.crypto.dsse import SigningKey, open_envelope
+from caltrain.crypto.hpke import HpkePrivateKey
+from caltrain.crypto.kdf import derive
+from caltrain.errors import IntegrityError
+from caltrain.plan import ManifestShard
+
+KEY, OTHER_KEY = HpkePrivateKey(), HpkePrivateKey()
+SIGNER = SigningKey()
+BINDING = Binding(
+    purpose="training",
+    encryption_key=KEY.public,
+    signing_key=SigningKey().public,
+    plan=digest("plan", b"one"),
+    nonce="0a" * 32,
+)
+SECRET = PartySecret(
+    data_key=b"k" * 32,
+    entropy=b"e" * 32,
+    shards=(ManifestShard(shard="ab" * 16, root=digest("root"), records=3),),
+)
+OTHERS = {
+    "purpose": msgspec.structs.replace(BINDING, purpose="query"),
+    "encryption key": msgspec.structs.replace(BINDING, encryption_key=OTHER_KEY.public),
+    "signing key": msgspec.structs.replace(BINDING, signing_key=SigningKey().public),
+    "plan": msgspec.structs.replace(BINDING, plan=digest("plan", b"two")),
+    "nonce": msgspec.structs.replace(BINDING, nonce="0b" * 32),
+}
+
+
+def sealed(sender: str = "alpha", *, binding: Binding = BINDING) -> SealedMessage:
+    envelope = seal_message("provision", SECRET, binding=binding, sender=sender, signer=SIGNER)
+    return open_envelope(envelope, "provision", SIGNER.public, SealedMessage, step="test")
+
+
+def opened(message: SealedMessage, *, binding: Binding = BINDING, key: HpkePrivateKey = KEY) -> PartySecret:
+    return open_message(message, PartySecret, binding=binding, key=key, step="provision")
+
+
+def refused(message: SealedMessage, code: str, *, binding: Binding = BINDING, key: HpkePrivateKey = KEY) -> None:
+    with pytest.raises(IntegrityError, match=rf"^{code}: .*\(step: provision\)"):
+        opened(message, binding=binding, key=key)
+
+
+def with_plain(plain: bytes) -> SealedMessage:
+    """A message of a correct form around any plaintext: what a party that we do not trust can make."""
+    transcript = transcript_digest(BINDING, "alpha")
+    raw = hpke.seal_to(KEY.public, plain, info=transcript.encode())
+    return SealedMessage(
+        sender="alpha", nonce=BINDING.nonce, transcript=transcript, sealed=base64.b64encode(raw).decode()
+    )
+
+
+def test_a_message_opens_where_it_was_sealed_for() -> None:
+    message = sealed()
+    assert (message.sender, message.nonce) == ("alpha", BINDING.nonce)
+    assert opened(message) == SECRET
+    assert opened(with_plain(msgspec.msgpack.encode(SECRET))) == SECRET
+
+
+def test_a_message_shows_nothing_of_its_secret() -> None:
+    raw = msgspec.json.encode(sealed())
+    plain = base64.b64decode(sealed().sealed)
+    for secret in (SECRET.data_key, SECRET.entropy):
+        assert secret not in raw
+        assert secret not in plain
+
+
+def test_a_message_signed_for_one_kind_does_not_pass_for_the_other() -> None:
+    envelope = seal_message("query", SECRET, binding=BINDING, sender="alpha", signer=SIGNER)
+    with pytest.raises(IntegrityError, match=r"^signature\.invalid: "):
+        open_envelope(envelope, "provision", SIGNER.public, SealedMessage, step="test")
+
+
+@pytest.mark.parametrize("other", OTHERS.values(), ids=OTHERS)
+def test_a_message_for_another_binding_is_refused(other: Binding) -> None:
+    refused(sealed(), "sealed.malformed", binding=other)
+    refused(sealed(binding=other), "sealed.malformed")
+
+
+@pytest.mark.parametrize("other", OTHERS.values(), ids=OTHERS)
+def test_a_transcript_that_was_exchanged_does_not_help(other: Binding) -> None:
+    claimed = msgspec.structs.replace(sealed(binding=other), transcript=transcript_digest(BINDING, "alpha"))
+    refused(claimed, "hpke.not-authentic")
+
+
+def test_a_message_in_another_senders_name_is_refused() -> None:
+    renamed = msgspec.structs.replace(sealed(), sender="beta")
+    refused(renamed, "sealed.malformed")
+    refused(
+        msgspec.structs.replace(renamed, transcript=transcript_digest(BINDING, "beta")),
+        "hpke.not-authentic",
+    )
+
+
+def test_another_enclaves_key_does_not_open_it() -> None:
+    refused(sealed(), "hpke.not-authentic", key=OTHER_KEY)
+
+
+def flipped(raw: bytes, at: int) -> bytes:
+    return raw[:at] + bytes([raw[at] ^ 1]) + raw[at + 1 :]
+
+
+@pytest.mark.parametrize("at", [0, 600, 1087, 1120, -17, -1])
+def test_a_flipped_bit_anywhere_is_refused(at: int) -> None:
+    message = sealed()
+    raw = base64.b64decode(message.sealed)
+    altered = base64.b64encode(flipped(raw, at % len(raw))).decode()
+    refused(msgspec.structs.replace(message, sealed=altered), "hpke.not-authentic")
+
+
+@pytest.mark.parametrize(
+    ("text", "code"),
+    [
+        ("", "hpke.not-authentic"),
+        ("AAAA", "hpke.not-authentic"),
+        ("AAA", "sealed.malformed"),
+        ("A A=", "sealed.malformed"),
+        ("ümläut", "sealed.malformed"),
+        ("\0", "sealed.malformed"),
+    ],
+)
+def test_text_that_is_no_sealed_message_is_refused(text: str, code: str) -> None:
+    refused(msgspec.structs.replace(sealed(), sealed=text), code)
+
+
+@given(st.text(max_size=60))
+def test_no_text_raises_anything_unnamed(text: str) -> None:
+    message = SealedMessage(
+        sender="alpha", nonce=BINDING.nonce, transcript=transcript_digest(BINDING, "alpha"), sealed=text
+    )
+    with pytest.raises(IntegrityError, match=r"^(sealed\.malformed|hpke\.not-authentic): "):
+        opened(message)
+
+
+SHARDS = msgspec.to_builtins(SECRET)["shards"]
+PLAIN: dict[str, object] = {"data_key": b"k" * 32, "entropy": b"e" * 32, "shards": SHARDS}
+UNFIT: list[dict[str, object]] = [
+    {"data_key": b"k" * 31},
+    {"entropy": b"e" * 33},
+    {"shards": []},
+    {"shards": SHARDS * 4097},
+    {"shards": [SHARDS[0] | {"records": 0}]},
+    {"more": 1},
+]
+GARBAGE = [b"", b"\xc1", b"\x81\xa1\xff\x01", b"\x91" * 100_000]
+
+
+@pytest.mark.parametrize("plain", [msgspec.msgpack.encode(PLAIN | change) for change in UNFIT] + GARBAGE, ids=range(10))
+def test_a_secret_out_of_its_form_is_refused(plain: bytes) -> None:
+    refused(with_plain(plain), "sealed.malformed")
+
+
+@pytest.mark.parametrize("count", [0, MAX_QUESTIONS + 1])
+def test_a_question_has_a_bounded_number_of_inputs(count: int) -> None:
+    plain = {"kind": "trace", "count": count, "inputs": b"", "answer_key": bytes(32)}
+    with pytest.raises(IntegrityError, match=r"^sealed\.malformed: "):
+        open_message(with_plain(msgspec.msgpack.encode(plain)), Question, binding=BINDING, key=KEY, step="query")
+
+
+# --- what the enclave seals to somebody's key ------------------------------------------------------------------
+
+
+def test_a_payload_opens_with_its_key_purpose_and_context() -> None:
+    raw = seal_for(b"k" * 32, "release/v1", SECRET, context="run")
+    assert open_for(b"k" * 32, "release/v1", raw, PartySecret, context="run", step="test") == SECRET
+
+
+@pytest.mark.parametrize(
+    ("key", "purpose", "context"),
+    [(b"x" * 32, "release/v1", "run"), (b"k" * 32, "answer/v1", "run"), (b"k" * 32, "release/v1", "other run")],
+)
+def test_a_payload_for_another_key_purpose_or_context_is_refused(key: bytes, purpose: str, context: str) -> None:
+    raw = seal_for(b"k" * 32, "release/v1", SECRET, context="run")
+    with pytest.raises(IntegrityError, match=r"^sealed\.not-authentic: .*\(step: receive\)"):
+        open_for(key, purpose, raw, PartySecret, context=context, step="receive")
+
+
+@pytest.mark.parametrize("plain", [*GARBAGE, msgspec.msgpack.encode({})], ids=range(5))
+def test_a_payload_out_of_its_form_is_refused(plain: bytes) -> None:
+    raw = seal(derive(b"k" * 32, "release/v1"), plain, aad=b"run")
+    with pytest.raises(IntegrityError, match=r"^sealed\.malformed: .*\(step: receive\)"):
+        open_for(b"k" * 32, "release/v1", raw, PartySecret, context="run", step="receive")

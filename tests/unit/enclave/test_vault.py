@@ -1,0 +1,120 @@
+"""The vault: a nonce is answered once, redeemed once, for its purpose; a flood costs only the oldest."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import msgspec
+import pytest
+
+from caltrain.attestation.evidence import Binding, Purpose
+from caltrain.attestation.simulated import SimulatedAttester
+from caltrain.boundary.sealed import SealedMessage
+from caltrain.crypto.digests import digest
+from caltrain.crypto.dsse import SigningKey
+from caltrain.enclave.vault import MAX_PENDING, Vault
+from caltrain.errors import ProtocolError
+
+PLAN = digest("plan")
+ATTESTER = SimulatedAttester(SigningKey(), measurement="sha384:" + "ab" * 48)
+
+
+def nonce(number: int) -> str:
+    return f"{number:064x}"
+
+
+def message(number: int) -> SealedMessage:
+    return SealedMessage(sender="alpha", nonce=nonce(number), transcript=digest("t"), sealed="")
+
+
+def attest(vault: Vault, number: int, purpose: Purpose = "training") -> Binding:
+    return vault.attest(purpose, plan=PLAN, nonce=nonce(number)).binding
+
+
+def refused(vault: Vault, number: int, purpose: Purpose = "training") -> None:
+    with pytest.raises(ProtocolError, match=r"^nonce\.unknown: "):
+        vault.redeem(message(number), purpose)
+
+
+def test_evidence_is_over_the_purpose_both_keys_the_plan_and_the_nonce() -> None:
+    vault = Vault(ATTESTER)
+    bundle = vault.attest("query", plan=PLAN, nonce=nonce(1))
+    expected = Binding(
+        purpose="query",
+        encryption_key=vault.encryption.public,
+        signing_key=vault.signing.public,
+        plan=PLAN,
+        nonce=nonce(1),
+    )
+    assert bundle.binding == expected
+    # Ed25519 is deterministic, so the evidence says which report data it was made over.
+    assert bundle.evidence == ATTESTER.evidence(expected.report_data())
+    other = msgspec.structs.replace(expected, purpose="training")
+    assert bundle.evidence != ATTESTER.evidence(other.report_data())
+
+
+def test_a_nonce_is_redeemed_once() -> None:
+    vault = Vault(ATTESTER)
+    binding = attest(vault, 1)
+    assert vault.redeem(message(1), "training") == binding
+    refused(vault, 1)
+
+
+def test_a_nonce_is_answered_once_before_and_after_it_was_redeemed() -> None:
+    vault = Vault(ATTESTER)
+    for prepare in (lambda: attest(vault, 1), lambda: vault.redeem(message(1), "training")):
+        prepare()
+        for purpose in ("training", "query"):
+            with pytest.raises(ProtocolError, match=r"^nonce\.reused: "):
+                vault.attest(purpose, plan=PLAN, nonce=nonce(1))
+
+
+def test_a_nonce_that_was_never_answered_is_unknown() -> None:
+    refused(Vault(ATTESTER), 1)
+
+
+def test_a_nonce_serves_its_purpose_only_and_a_wrong_try_does_not_use_it_up() -> None:
+    vault = Vault(ATTESTER)
+    attest(vault, 1, "training")
+    refused(vault, 1, "query")
+    vault.redeem(message(1), "training")
+
+
+def test_a_flood_of_nonces_pushes_out_the_oldest_and_no_more() -> None:
+    vault = Vault(ATTESTER)
+    for number in range(MAX_PENDING + 2):
+        attest(vault, number)
+    refused(vault, 0)
+    refused(vault, 1)
+    for number in (2, 3, MAX_PENDING, MAX_PENDING + 1):
+        vault.redeem(message(number), "training")
+
+
+def test_what_a_flood_pushed_out_can_be_asked_for_again() -> None:
+    vault = Vault(ATTESTER)
+    first = attest(vault, 0)
+    for number in range(1, MAX_PENDING + 1):
+        attest(vault, number)
+    assert attest(vault, 0) == first
+    assert vault.redeem(message(0), "training") == first
+
+
+def test_redeemed_nonces_make_room() -> None:
+    vault = Vault(ATTESTER)
+    attest(vault, 0)
+    for number in range(1, MAX_PENDING):
+        attest(vault, number)
+    vault.redeem(message(1), "training")
+    attest(vault, MAX_PENDING)
+    vault.redeem(message(0), "training")
+
+
+def test_every_enclave_has_secrets_of_its_own() -> None:
+    vaults = [Vault(ATTESTER) for _ in range(3)]
+    for one, other in pairwise(vaults):
+        assert one.encryption.public != other.encryption.public
+        assert one.signing.public != other.signing.public
+        assert one.run != other.run
+        assert one.randomness != other.randomness
+    assert len(vaults[0].randomness) == 32
+    assert len(bytes.fromhex(vaults[0].run)) == 16
