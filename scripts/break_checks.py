@@ -9,7 +9,8 @@ into a temporary copy of `src/` that comes first on PYTHONPATH, so the working t
 on it: those given with `--tests`, otherwise the module's own test file first, then `tests/unit/<its package>`.
 
 A check that no test notices is printed with file and line, and the exit status is 1; 2 where the tests fail with all
-checks in place. A line with `# equivalent: <reason>` is skipped: there, no input can show the difference.
+checks in place. Where no input can show the difference, `# equivalent: <reason>` skips what starts on its line: the
+whole check on the line of the `if`, one operand on a line of its own.
 """
 
 from __future__ import annotations
@@ -37,21 +38,15 @@ _PASSED, _FAILED, _STOPPED = 0, 1, 2  # pytest's exit codes; a failure while col
 
 @dataclass(frozen=True)
 class Change:
-    """Bytes `start` to `end` of `file` are replaced by `text`."""
+    """`file` with one check disabled: `what` is changed on `line`, and `source` is the result."""
 
     file: Path
     line: int
-    start: int
-    end: int
-    text: str
     what: str
+    source: bytes
 
     def __str__(self) -> str:
         return f"{self.file.relative_to(ROOT)}:{self.line}: {self.what}"
-
-    def apply(self, source: bytes) -> bytes:
-        """The changed source."""
-        return source[: self.start] + self.text.encode() + source[self.end :]
 
 
 def find_changes(file: Path) -> list[Change]:
@@ -62,40 +57,39 @@ def find_changes(file: Path) -> list[Change]:
     for line in lines:
         offsets.append(offsets[-1] + len(line))
 
-    def change(node: ast.expr | ast.stmt, text: str, what: str) -> Change:
+    def change(node: ast.expr | ast.stmt, line: int, text: str, what: str) -> Change:
         start = offsets[node.lineno - 1] + node.col_offset
         end = offsets[(node.end_lineno or node.lineno) - 1] + (node.end_col_offset or 0)
-        return Change(file, node.lineno, start, end, text, what)
+        return Change(file, line, what, source[:start] + text.encode() + source[end:])
 
-    found = {change(*broken) for node in ast.walk(ast.parse(source)) for broken in _breaks(node)}
-    kept = [c for c in found if not _SKIP.search(lines[c.line - 1])]
-    return sorted(kept, key=lambda c: (c.start, -c.end, c.what))
+    found = [change(*broken) for node in ast.walk(ast.parse(source)) for broken in _breaks(node)]
+    return sorted((c for c in found if not _SKIP.search(lines[c.line - 1])), key=lambda c: (c.line, c.what))
 
 
-def _breaks(node: ast.AST) -> Iterator[tuple[ast.expr | ast.stmt, str, str]]:
+def _breaks(node: ast.AST) -> Iterator[tuple[ast.expr | ast.stmt, int, str, str]]:
     if isinstance(node, ast.If) and isinstance(node.body[-1], ast.Raise):
-        yield node.test, "False", f"never: {ast.unparse(node.test)}"
+        yield node.test, node.lineno, "False", f"never: {ast.unparse(node.test)}"
         for part in ast.walk(node.test):
             yield from _weaker(part)
     if isinstance(node, ast.FunctionDef) and any(isinstance(part, ast.Return) for part in ast.walk(node)):
         last = node.body[-1]
         if isinstance(last, ast.Raise):
-            yield last, "pass", f"no raise at the end of {node.name}"
+            yield last, last.lineno, "pass", f"no raise at the end of {node.name}"
 
 
-def _weaker(part: ast.AST) -> Iterator[tuple[ast.expr, str, str]]:
+def _weaker(part: ast.AST) -> Iterator[tuple[ast.expr, int, str, str]]:
+    terms: Sequence[ast.expr]
     if isinstance(part, ast.BoolOp):
-        word = " or " if isinstance(part.op, ast.Or) else " and "
-        terms = [ast.unparse(value) for value in part.values]
+        word, terms = " or " if isinstance(part.op, ast.Or) else " and ", part.values
     elif isinstance(part, ast.Compare) and len(part.ops) > 1:
         word, values = " and ", [part.left, *part.comparators]
         links = zip(values, part.ops, values[1:], strict=False)
-        terms = [ast.unparse(ast.Compare(left, [op], [right])) for left, op, right in links]
+        terms = [ast.copy_location(ast.Compare(left, [op], [right]), right) for left, op, right in links]
     else:
         return
     for dropped, term in enumerate(terms):
-        rest = word.join(f"({other})" for i, other in enumerate(terms) if i != dropped)
-        yield part, f"({rest})", f"without: {term}"
+        rest = word.join(f"({ast.unparse(other)})" for i, other in enumerate(terms) if i != dropped)
+        yield part, term.lineno, f"({rest})", f"without: {ast.unparse(term)}"
 
 
 def default_tests(file: Path) -> list[list[str]]:
@@ -115,7 +109,7 @@ def run_tests(tests: Sequence[str], *, timeout: float, changed: Change | None = 
         shutil.copytree(ROOT / "src", source, ignore=shutil.ignore_patterns("__pycache__"))
         if changed is not None:
             target = source / changed.file.relative_to(ROOT / "src")
-            target.write_bytes(changed.apply(changed.file.read_bytes()))
+            target.write_bytes(changed.source)
         paths = [str(source), *filter(None, [os.environ.get("PYTHONPATH")])]
         env = os.environ | {
             "PYTHONPATH": os.pathsep.join(paths),

@@ -11,6 +11,7 @@ from typing import Any, Self, TypeVar
 import httpx
 import msgspec
 
+from caltrain.crypto.decoders import json_decoder
 from caltrain.crypto.dsse import MAX_ENVELOPE_BYTES, Envelope
 from caltrain.errors import UNDECODABLE, CaltrainError, ConfigError, EnvironmentFault, ProtocolError, from_wire
 
@@ -149,7 +150,7 @@ class HostClient:
 
 def _decode(body: bytes, type_: type[T]) -> T:
     try:
-        return msgspec.json.decode(body, type=type_)
+        return json_decoder(type_).decode(body)
     except UNDECODABLE as error:
         raise _garbage(str(error)) from None
 

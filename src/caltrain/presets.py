@@ -6,6 +6,8 @@ for two cores.
 
 from __future__ import annotations
 
+from typing import Literal
+
 import msgspec
 
 from caltrain.models.spec import Conv, Flatten, Linear, MaxPool, ModelSpec, Partition
@@ -14,6 +16,9 @@ from caltrain.training.spec import Augment, TrainingSpec
 
 _DIGITS = tuple(str(digit) for digit in range(10))
 _CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+
+
+PresetName = Literal["digits", "mnist", "pneumoniamnist", "cifar10"]
 
 
 class Preset(msgspec.Struct, frozen=True, kw_only=True):
@@ -40,7 +45,7 @@ def _small_net(classes: int, *, hidden: int) -> ModelSpec:
     )
 
 
-PRESETS: dict[str, Preset] = {
+PRESETS: dict[PresetName, Preset] = {
     "digits": Preset(
         model=ModelSpec(
             layers=(

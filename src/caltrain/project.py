@@ -5,7 +5,9 @@ plan.toml  policy.toml  operator/  parties/NAME/  users/NAME/
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,9 +16,10 @@ import msgspec
 from caltrain.attestation.measurement import measure_enclave
 from caltrain.attestation.verify import Policy
 from caltrain.errors import ConfigError
+from caltrain.files import write_whole
 from caltrain.participant.identity import Identity, create_identity
 from caltrain.plan import EnclaveSpec, Party, Plan, ReleaseSpec, Right, User, check_plan
-from caltrain.presets import PRESETS, Preset
+from caltrain.presets import PRESETS, PresetName
 
 DEFAULT_PARTIES = ["alder", "birch", "cedar", "dogwood"]
 _RIGHTS: tuple[Right, Right] = ("predict", "trace")
@@ -47,26 +50,27 @@ class Project:
 def create_project(
     folder: Path,
     *,
-    preset: str,
+    preset: PresetName,
     parties: Sequence[str],
     users: Sequence[str],
     two_way: bool = False,
     reveal_seed: bool = False,
     budget: int = 1000,
+    epochs: int | None = None,
 ) -> Project:
-    """Make a project from a preset. Raises ConfigError `project.exists`, `project.unknown-preset`."""
-    if folder.exists():
-        raise ConfigError(
-            "project.exists", f"{folder} exists already", step="new project", fix="Choose a folder that does not exist."
-        )
-    chosen = find_preset(preset)
-    folder.mkdir(parents=True)
-    operator = create_identity(folder / "operator", "operator")
-    own = {name: create_identity(folder / "parties" / name, name) for name in parties}
-    asking = {name: create_identity(folder / "users" / name, name) for name in users}
+    """Make a project from a preset, whole or not at all; `epochs` replaces the preset's.
+
+    Raises ConfigError (`project.exists`, names that cannot be used), EnvironmentFault.
+    """
+    chosen = PRESETS[preset]
+    if epochs is not None:
+        chosen = msgspec.structs.replace(chosen, training=msgspec.structs.replace(chosen.training, epochs=epochs))
     measurement = measure_enclave()
-    plan = check_plan(
-        Plan(
+    with _new_folder(folder):
+        operator = create_identity(folder / "operator", "operator")
+        own = {name: create_identity(folder / "parties" / name, name) for name in parties}
+        asking = {name: create_identity(folder / "users" / name, name) for name in users}
+        plan = Plan(
             version=1,
             name=f"{preset} with {len(own)} parties",
             model=chosen.model,
@@ -80,21 +84,22 @@ def create_project(
             enclave=EnclaveSpec(measurement=measurement),
             release=ReleaseSpec(reveal_seed=reveal_seed),
         )
-    )
-    policy = Policy(measurements=(measurement,), allow_simulated=True, simulated_roots=(operator.signer.public,))
-    project = Project(folder, plan, policy, operator, own, asking)
-    project.plan_path.write_bytes(msgspec.toml.encode(plan))
-    project.policy_path.write_bytes(msgspec.toml.encode(policy))
+        policy = Policy(measurements=(measurement,), allow_simulated=True, simulated_roots=(operator.signer.public,))
+        project = Project(folder, check_plan(plan), policy, operator, own, asking)
+        write_whole(project.plan_path, msgspec.toml.encode(plan))
+        write_whole(project.policy_path, msgspec.toml.encode(policy))
     return project
 
 
-def find_preset(name: str) -> Preset:
-    """A preset by name. Raises ConfigError."""
-    if name not in PRESETS:
+@contextmanager
+def _new_folder(folder: Path) -> Iterator[None]:
+    """Make a folder; on any failure, Ctrl-C included, nothing of it is left."""
+    if folder.exists():
         raise ConfigError(
-            "project.unknown-preset",
-            f"no preset {name[:60]!r}",
-            step="new project",
-            fix=f"Known: {', '.join(PRESETS)}.",
+            "project.exists", f"{folder} exists already", step="new project", fix="Choose a folder that does not exist."
         )
-    return PRESETS[name]
+    try:
+        yield
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise

@@ -23,7 +23,7 @@ from caltrain.boundary.sealed import (
     seal_message,
     transcript_digest,
 )
-from caltrain.crypto.digests import to_text
+from caltrain.crypto.digests import hash_parts, to_text
 from caltrain.crypto.dsse import Envelope, SigningKey
 from caltrain.crypto.merkle import merkle_root
 from caltrain.plan import ManifestApproval, ManifestShard, Plan, PlanApproval, Right, RunManifest
@@ -66,8 +66,12 @@ class Member:
     name: str
     signer: SigningKey = field(default_factory=SigningKey)
     data_key: bytes = field(default_factory=lambda: os.urandom(32))
-    entropy: bytes = field(default_factory=lambda: os.urandom(32))
     shards: list[Shard] = field(default_factory=list)
+
+    @property
+    def entropy(self) -> bytes:
+        """Always the same for a name, so that a world trains the same model each time."""
+        return hash_parts("test-entropy", self.name.encode())
 
     def seal(self, schema: DataSchema, images: Pixels, labels: Sequence[int], *, shard_records: int) -> None:
         """Seal records into shards."""
@@ -87,7 +91,7 @@ class Member:
             )
             self.shards.append(Shard(header, part, salts, out.getvalue()))
 
-    def forge(self, schema: DataSchema, records: list[bytes], **header: Any) -> Shard:
+    def forge(self, schema: DataSchema, records: list[bytes], /, **header: Any) -> Shard:
         """A shard by a modified client: any records, any header, yet signed and sealed as it should be."""
         shard_id, salts = os.urandom(16).hex(), [os.urandom(SALT_BYTES) for _ in records]
         leaves = [

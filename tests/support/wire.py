@@ -6,31 +6,31 @@ real thing: framing, decoding and the checks of `Channel`.
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import Literal
 
 from torch import Tensor
 
-from caltrain.boundary.channel import Channel
 from caltrain.boundary.messages import Message
-from caltrain.boundary.tensors import Role, TensorHead
+from caltrain.boundary.tensors import TensorHead
 
 
 class MemorySocket:
-    """What `frames` uses of a socket. `turn` is called when a read finds nothing."""
+    """What `frames` uses of a socket. `turn` is called when a read finds nothing, `acted` whenever this end acts."""
 
     def __init__(self) -> None:
         self.inbox = bytearray()
         self.sent = bytearray()
         self.peer: MemorySocket | None = None
         self.turn: Callable[[], None] = lambda: None
+        self.acted: Callable[[], None] = lambda: None
 
     def sendall(self, data: bytes | memoryview) -> None:
         """Hand `data` to the other end; fails like a socket once that end is closed."""
         if self.peer is None:
             raise BrokenPipeError("closed")
+        self.acted()
         self.sent += data
         self.peer.inbox += data
 
@@ -45,6 +45,7 @@ class MemorySocket:
 
     def close(self) -> None:
         """Close this end: the other one reads what is on its way, then the end."""
+        self.acted()
         if self.peer is not None:
             self.peer.peer = None
         self.peer = None
@@ -59,27 +60,9 @@ def memory_socketpair() -> tuple[MemorySocket, MemorySocket]:
 
 @dataclass(frozen=True)
 class Crossing:
-    """One frame that crossed the door: a message, or a tensor with its head."""
+    """What came out of the enclave (a message, or a tensor with its head), or that the host acted."""
 
     way: Literal["in", "out"]
     message: Message | None = None
     head: TensorHead | None = None
     tensor: Tensor | None = None
-
-
-class RecordingChannel(Channel):
-    """The host's end: what it sends is put on record (what it receives, `MemoryHost` records)."""
-
-    def __init__(self, sock: MemorySocket, log: list[Crossing]) -> None:
-        super().__init__(cast(socket.socket, sock))
-        self.log = log
-
-    def send(self, message: Message) -> None:
-        """Send and record a message."""
-        self.log.append(Crossing("in", message=message))
-        super().send(message)
-
-    def send_tensor(self, tensor: Tensor, *, role: Role, run: str, epoch: int, step: int) -> None:
-        """Send and record a tensor."""
-        self.log.append(Crossing("in", tensor=tensor.detach().clone()))
-        super().send_tensor(tensor, role=role, run=run, epoch=epoch, step=step)

@@ -120,6 +120,7 @@ class World:
         self.root = SigningKey()
         self.host = MemoryHost()
         vault = Vault(SimulatedAttester(self.root, measurement=MEASUREMENT))
+        vault.randomness = bytes(32)  # keys differ each time, the run seed does not
         chain = Chain(vault.signing, run=vault.run)
         self.run = Run(vault=vault, door=Door(self.host.enclave_channel), chain=chain)
         self.events: list[Envelope] = []

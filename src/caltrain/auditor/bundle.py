@@ -19,6 +19,7 @@ from typing import Annotated, Literal
 import msgspec
 
 from caltrain.boundary.sealed import TraceStatement
+from caltrain.crypto.decoders import json_decoder
 from caltrain.crypto.digests import same
 from caltrain.crypto.dsse import Envelope, open_envelope
 from caltrain.errors import UNDECODABLE, IntegrityError, LineageError
@@ -64,7 +65,7 @@ def read_bundle(path: Path) -> TraceBundle:
     try:
         if path.stat().st_size > MAX_BUNDLE_BYTES:
             raise msgspec.ValidationError("larger than the limit")
-        return msgspec.json.decode(path.read_bytes(), type=TraceBundle)
+        return json_decoder(TraceBundle).decode(path.read_bytes())
     except (OSError, *UNDECODABLE) as error:
         raise IntegrityError(
             "bundle.malformed", f"{path} is not a trace bundle: {error}", step="read bundle", fix="Get it again."

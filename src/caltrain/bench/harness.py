@@ -34,10 +34,6 @@ class Spread(msgspec.Struct, frozen=True):
         """Spread of at least one figure."""
         return cls(min(values), statistics.median(values), max(values))
 
-    def times(self, factor: float) -> Spread:
-        """The spread of the same figures in another unit; `factor` is positive."""
-        return Spread(self.minimum * factor, self.median * factor, self.maximum * factor)
-
 
 class Timing(msgspec.Struct, frozen=True, kw_only=True):
     """One piece of work: seconds of each round, in order, and its speed as a multiple of the baseline's."""

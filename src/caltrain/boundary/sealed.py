@@ -16,6 +16,7 @@ from caltrain.attestation.evidence import Binding, Nonce
 from caltrain.boundary.messages import UNDECODABLE
 from caltrain.crypto import dsse, hpke
 from caltrain.crypto.aead import KEY_BYTES, seal, unseal
+from caltrain.crypto.decoders import msgpack_decoder
 from caltrain.crypto.digests import Digest, canonical_json, digest
 from caltrain.crypto.kdf import derive
 from caltrain.errors import IntegrityError
@@ -142,7 +143,7 @@ def open_message(message: SealedMessage, type_: type[T], *, binding: Binding, ke
         raise _malformed("its transcript is not that of this enclave, plan, purpose and nonce", step)
     try:
         plain = key.unseal(base64.b64decode(message.sealed, validate=True), info=transcript.encode(), step=step)
-        return msgspec.msgpack.decode(plain, type=type_)
+        return msgpack_decoder(type_).decode(plain)
     except (ValueError, *UNDECODABLE) as error:  # ValueError: not base64
         raise _malformed(str(error), step) from None
 
@@ -156,7 +157,7 @@ def open_for(key: bytes, purpose: str, sealed: bytes, type_: type[T], *, context
     """Inverse of `seal_for`. Raises IntegrityError."""
     plain = unseal(derive(key, purpose), sealed, aad=context.encode(), step=step)
     try:
-        return msgspec.msgpack.decode(plain, type=type_)
+        return msgpack_decoder(type_).decode(plain)
     except UNDECODABLE as error:
         raise _malformed(str(error), step) from None
 

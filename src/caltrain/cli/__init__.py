@@ -13,16 +13,18 @@ __all__ = ["main"]
 
 
 def _terminate(_signal: int, _frame: FrameType | None) -> None:
-    # SIGTERM ends like Ctrl-C, so that `finally` blocks run and no process is left behind.
+    # These end like Ctrl-C, so that `finally` blocks run and no process is left behind.
     raise KeyboardInterrupt
 
 
 def main() -> None:
     """Entry point of the console script."""
-    signal.signal(signal.SIGTERM, _terminate)
-    from caltrain.cli.app import run  # noqa: PLC0415  # Ctrl-C during the imports must end quietly, too
-
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is signal.SIG_DFL:  # under nohup, SIGHUP is ignored: leave it so
+            signal.signal(number, _terminate)
     try:
+        from caltrain.cli.app import run  # noqa: PLC0415  # here: Ctrl-C during the imports must end quietly, too
+
         code = run(sys.argv[1:])
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")

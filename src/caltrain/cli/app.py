@@ -1,51 +1,89 @@
-"""All commands, in noun-verb form."""
+"""All commands, in noun-verb form, in the order in which a newcomer meets them."""
 
 from __future__ import annotations
 
-import click
+from itertools import pairwise
+
 import typer
 
 from caltrain import __version__
-from caltrain.cli import bench, demo, host, party, plan, query
-from caltrain.cli.output import fail
-from caltrain.errors import CaltrainError
+from caltrain.cli import bench, demo, doctor, host, party, plan, query
+from caltrain.cli.output import Format, FormatOption, choose, emit, fail
+from caltrain.errors import CaltrainError, ConfigError, EnvironmentFault
+
+_START, _PARTY, _HOST, _USER, _MORE = "Start here", "Contributors", "The operator", "Model users, auditors", "More"
 
 app = typer.Typer(
     name="caltrain",
     help="Train one model with parties who do not trust each other, and trace its errors to their contributor.",
+    epilog="Every command takes --format json. Exit codes: 0 done; 2 wrong usage; 10 plan, policy or option; "
+    "11 records; 12 integrity; 13 attestation; 14 provisioning; 15 protocol; 16 access; 17 lineage; 18 this machine; "
+    "130 interrupted.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-app.command("demo")(demo.demo)
-app.command("new")(plan.new)
-app.add_typer(plan.app, name="plan")
-app.add_typer(party.app, name="party")
-app.add_typer(host.app, name="host")
-app.add_typer(host.train_app, name="train")
-app.command("predict")(query.predict)
-app.command("trace")(query.trace)
-app.command("verify")(query.verify)
-app.command("doctor")(host.doctor)
-app.add_typer(bench.app, name="bench")
+app.command("demo", rich_help_panel=_START, short_help="the whole story on one machine")(demo.demo)
+app.command("doctor", rich_help_panel=_START, short_help="what holds on this machine")(doctor.doctor)
+app.command("new", rich_help_panel=_START, short_help="scaffold a project")(plan.new)
+app.add_typer(plan.app, name="plan", rich_help_panel=_PARTY, short_help="check, digest, approve a plan")
+app.add_typer(party.app, name="party", rich_help_panel=_PARTY, short_help="keygen, seal, join, disclose")
+app.add_typer(host.app, name="host", rich_help_panel=_HOST, short_help="serve a run")
+app.add_typer(host.train_app, name="train", rich_help_panel=_HOST, short_help="start a run and watch it")
+app.command("predict", rich_help_panel=_USER, short_help="predict with a joined model, or sealed")(query.predict)
+app.command("trace", rich_help_panel=_USER, short_help="which records lie behind a prediction")(query.trace)
+app.command("verify", rich_help_panel=_USER, short_help="check a trace bundle, offline")(query.verify)
+app.add_typer(bench.app, name="bench", rich_help_panel=_MORE, short_help="measure what anybody can repeat")
 
 
-@app.command("version")
-def version() -> None:
+class WrongUsage(ConfigError):
+    """A command line that cannot be read."""
+
+    exit_code = 2
+
+
+@app.command("version", rich_help_panel=_MORE, short_help="print the version")
+def version(format_: FormatOption = Format.TEXT) -> None:
     """Print the version."""
-    typer.echo(__version__)
+    choose(format_)
+    if format_ is Format.JSON:
+        emit({"version": __version__})
+    else:
+        typer.echo(__version__)
 
 
 def run(arguments: list[str]) -> int:
-    """Run one command line; returns its exit code. KeyboardInterrupt passes through."""
+    """Run one command line; returns its exit code."""
     command = typer.main.get_command(app)
     try:
         result = command.main(args=arguments, prog_name="caltrain", standalone_mode=False)
     except CaltrainError as error:
         return fail(error)
-    except click.exceptions.Abort:
+    except typer.TyperException as error:
+        choose(Format.JSON if _asks_for_json(arguments) else Format.TEXT)
+        return _wrong_usage(error)
+    except typer.Abort:
         raise KeyboardInterrupt from None
-    except click.ClickException as error:
-        error.show()
-        return error.exit_code
+    except OSError as error:
+        return fail(
+            EnvironmentFault(
+                "machine.refused",
+                f"{error.strerror or error}: {error.filename}" if error.filename else str(error),
+                step="use this machine",
+                fix="Free space, look at the rights of files and folders, or choose other ones.",
+            )
+        )
     return result if isinstance(result, int) else 0
+
+
+def _asks_for_json(arguments: list[str]) -> bool:
+    return "--format=json" in arguments or ("--format", "json") in pairwise(arguments)
+
+
+def _wrong_usage(error: typer.TyperException) -> int:
+    what = error.format_message().strip()
+    if not what:  # no arguments: the help was printed
+        return WrongUsage.exit_code
+    # Which command it was is known to typer's usage errors, whose class has no public name.
+    path = getattr(getattr(error, "ctx", None), "command_path", "caltrain")
+    return fail(WrongUsage("usage.refused", what, step="read the command line", fix=f"See {path} --help."))

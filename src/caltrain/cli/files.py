@@ -9,62 +9,44 @@ import numpy as np
 from numpy.typing import NDArray
 
 from caltrain.attestation.verify import Policy
-from caltrain.errors import ConfigError, DataError, EnvironmentFault
-from caltrain.plan import Plan, parse_plan, parse_toml
+from caltrain.errors import DataError
+from caltrain.files import read_bounded, write_whole
+from caltrain.plan import MAX_PLAN_BYTES, Plan, parse_plan, parse_toml
 
 MAX_INPUT_BYTES = 2 << 30
-
-
-def read_bytes(path: Path) -> bytes:
-    """A whole file. Raises ConfigError `file.unreadable`."""
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise ConfigError(
-            "file.unreadable", f"cannot read {path}: {error.strerror}", step="read file", fix="Check the path."
-        ) from None
+_MAX_HEADER = 4096
 
 
 def write_json(path: Path, value: object) -> None:
     """Write JSON whole or not at all. Raises EnvironmentFault `file.not-written`."""
-    temporary = path.with_name(f".{path.name}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(msgspec.json.encode(value))
-        temporary.rename(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise EnvironmentFault(
-            "file.not-written",
-            f"cannot write {path}: {error.strerror}",
-            step="write file",
-            fix="Free space, or choose another path.",
-        ) from None
+    write_whole(path, msgspec.json.encode(value))
 
 
 def read_plan(path: Path) -> Plan:
     """A plan from TOML."""
-    return parse_plan(read_bytes(path))
+    return parse_plan(read_bounded(path, limit=MAX_PLAN_BYTES))
 
 
 def read_policy(path: Path) -> Policy:
     """An attestation policy from TOML."""
-    return parse_toml(read_bytes(path), Policy, what="policy")
+    return parse_toml(read_bounded(path, limit=MAX_PLAN_BYTES), Policy, what="policy")
 
 
 def read_inputs(path: Path, plan: Plan) -> NDArray[np.generic]:
-    """Inputs (N, C, H, W) or one (C, H, W) from a .npy file of the plan's element type. Raises DataError."""
+    """Inputs (N, C, H, W), or one (C, H, W), from a .npy file. Raises DataError `input.unreadable`.
+
+    Whether shape and element type are the plan's, those who use the inputs check.
+    """
     try:
         if path.stat().st_size > MAX_INPUT_BYTES:
             raise ValueError("larger than 2 GiB")
-        array = np.load(path, allow_pickle=False)
-    except (OSError, ValueError) as error:
+        # Mapped: a header that announces more than there is allocates nothing, and Python objects are refused.
+        array = np.lib.format.open_memmap(path, mode="r", max_header_size=_MAX_HEADER)
+    except Exception as error:  # noqa: BLE001  # numpy evaluates the header: a hostile one can raise nearly anything
         raise DataError(
             "input.unreadable",
             f"cannot read {path} as an array: {error}",
             step="read inputs",
-            fix=f"Save the inputs with numpy.save as {plan.data.dtype} of shape (N, C, H, W) = (N, *{plan.data.shape}).",
+            fix=f"Save them with numpy.save as {plan.data.dtype} of shape (N, C, H, W) = (N, *{plan.data.shape}).",
         ) from None
-    if not isinstance(array, np.ndarray):
-        raise DataError("input.unreadable", f"{path} is an archive", step="read inputs", fix="Give one .npy file.")
     return array[None] if array.ndim == 3 else array

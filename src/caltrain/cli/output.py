@@ -8,12 +8,14 @@ from typing import Annotated, Any
 
 import msgspec
 import typer
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.table import Table
+from rich.text import Text
 
 from caltrain.errors import CaltrainError
+from caltrain.reports.terminal import plain, simulated_note
 
-SIMULATED = "[bold yellow]simulated enclave[/]: its operator can read everything; nothing here is confidential."
+__all__ = ["Format", "FormatOption", "choose", "console", "emit", "fail", "say", "say_simulated", "wants_json"]
 
 
 class Format(StrEnum):
@@ -27,18 +29,16 @@ FormatOption = Annotated[Format, typer.Option("--format", help="text for people,
 
 console = Console(highlight=False)
 errors = Console(stderr=True, highlight=False)
-_chosen = Format.TEXT
 
 
 def choose(format_: Format) -> None:
-    """Remember the format, for errors as well as results."""
-    global _chosen  # noqa: PLW0603  # one command runs in a process, and its errors are printed outside of it
-    _chosen = format_
+    """Remember the format, for errors as well as results. With JSON nothing else goes to standard output."""
+    console.quiet = format_ is Format.JSON
 
 
 def wants_json() -> bool:
     """Whether standard output must hold one JSON object and nothing else."""
-    return _chosen is Format.JSON
+    return console.quiet
 
 
 def emit(value: Any, *, title: str = "") -> None:
@@ -47,24 +47,42 @@ def emit(value: Any, *, title: str = "") -> None:
         sys.stdout.buffer.write(msgspec.json.encode(value) + b"\n")
         sys.stdout.flush()
         return
-    fields = msgspec.to_builtins(value)
     table = Table(title=title or None, show_header=False, title_justify="left")
-    for key, field in fields.items():
-        table.add_row(str(key), str(field))
+    table.add_column()
+    table.add_column(overflow="fold")  # digests and paths are to be copied: never cut short
+    for key, field in msgspec.to_builtins(value).items():
+        if field is not None:
+            table.add_row(plain(key), plain(_text(field)))
     console.print(table)
 
 
-def say(text: str) -> None:
-    """A line for people; silent when the output is JSON."""
-    if not wants_json():
-        console.print(text)
+def say(text: str | RenderableType) -> None:
+    """A line for people; silent when the output is JSON. A string is printed as it is, without markup."""
+    console.print(plain(text) if isinstance(text, str) else text)
+
+
+def say_simulated() -> None:
+    """What every screen says that rests on a simulated enclave."""
+    say(simulated_note())
 
 
 def fail(error: CaltrainError) -> int:
     """Print an error and return its exit code."""
     if wants_json():
-        sys.stdout.buffer.write(msgspec.json.encode({"error": error.diagnostics()}) + b"\n")
+        emit({"error": error.diagnostics()})
     else:
-        errors.print("[bold red]error[/]", f"{error.code}: {error.what}", style=None, markup=True)
-        errors.print(f"  step: {error.step}\n  to do: {error.fix}", markup=False)
+        errors.print(Text("error", style="bold red"), plain(f"{error.code}: {error.what}"))
+        errors.print(plain(f"  step: {error.step}\n  to do: {error.fix}"))
     return error.exit_code
+
+
+def _text(field: object) -> str:
+    match field:
+        case bool():
+            return "yes" if field else "no"
+        case list():
+            return ", ".join(_text(entry) for entry in field) or "none"
+        case dict():
+            return ", ".join(f"{key} {_text(entry)}" for key, entry in field.items()) or "none"
+        case _:
+            return str(field)

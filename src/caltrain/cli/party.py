@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from caltrain.cli.files import read_plan, read_policy, write_json
-from caltrain.cli.output import SIMULATED, Format, FormatOption, choose, emit, say
+from caltrain.cli.output import Format, FormatOption, choose, emit, say, say_simulated
 from caltrain.errors import LineageError
 from caltrain.host_client import HostClient
 from caltrain.participant.disclose import disclose as disclose_record
@@ -93,7 +93,7 @@ def join(
             on_step=lambda text: say(f"{identity.name}: {text}"),
         )
     if manifest.simulated:
-        say(SIMULATED)
+        say_simulated()
     folder = home / "runs" / manifest.run
     emit({"party": identity.name, "run": manifest.run, "folder": str(folder), "simulated": manifest.simulated})
 

@@ -10,6 +10,7 @@ import typer
 from caltrain.cli.files import read_plan, write_json
 from caltrain.cli.output import Format, FormatOption, choose, emit, say
 from caltrain.participant.identity import load_identity
+from caltrain.presets import PresetName
 from caltrain.project import DEFAULT_PARTIES, create_project
 
 app = typer.Typer(help="The plan that all parties sign.", no_args_is_help=True)
@@ -18,9 +19,7 @@ PlanArgument = Annotated[Path, typer.Argument(help="plan.toml")]
 
 def new(
     folder: Annotated[Path, typer.Argument(help="a folder that does not exist yet")],
-    data: Annotated[
-        str, typer.Option(help="digits, mnist, cifar10 or pneumoniamnist: model and schema to start from")
-    ] = "digits",
+    data: Annotated[PresetName, typer.Option(help="whose model, schema and hyper-parameters to start from")] = "digits",
     parties: Annotated[list[str], typer.Option("--party", help="a party's name; repeat")] = DEFAULT_PARTIES,
     users: Annotated[list[str], typer.Option("--user", help="a model user's name; repeat")] = ["analyst"],  # noqa: B006
     format_: FormatOption = Format.TEXT,
@@ -29,6 +28,7 @@ def new(
     choose(format_)
     project = create_project(folder, preset=data, parties=parties, users=users)
     emit({"folder": str(folder), "plan": str(project.plan_path), "digest": project.plan.digest()}, title="New project")
+    say("policy.toml accepts a simulated enclave, whose operator can read everything.")
     say("For a real run each party makes its own keys (`caltrain party keygen`); the plan gets their public part.")
 
 

@@ -9,22 +9,24 @@ from typing import Annotated
 import msgspec
 import typer
 
-from caltrain.auditor.bundle import read_bundle, verify_bundle
+from caltrain.auditor.bundle import MAX_BUNDLE_BYTES, read_bundle, verify_bundle
 from caltrain.auditor.collect import collect_bundle
-from caltrain.cli.files import read_bytes, read_inputs, read_plan, read_policy, write_json
-from caltrain.cli.output import SIMULATED, Format, FormatOption, choose, emit, say
+from caltrain.cli.files import read_inputs, read_plan, read_policy, write_json
+from caltrain.cli.output import Format, FormatOption, choose, emit, say, say_simulated
 from caltrain.client.ask import Answered, ask
 from caltrain.crypto.dsse import Envelope
-from caltrain.errors import ConfigError, IntegrityError
+from caltrain.errors import UNDECODABLE, ConfigError, IntegrityError
+from caltrain.files import read_bounded
 from caltrain.host_client import HostClient
 from caltrain.participant.identity import load_identity
-from caltrain.plan import Right
+from caltrain.plan import Plan, Right
 
 InputsArgument = Annotated[Path, typer.Argument(help=".npy of the plan's shape: (N, C, H, W) or (C, H, W)")]
 UrlOption = Annotated[str, typer.Option(help="the host")]
 HomeOption = Annotated[Path | None, typer.Option(help="the model user's folder")]
 PlanOption = Annotated[Path | None, typer.Option(help="plan.toml")]
 PolicyOption = Annotated[Path | None, typer.Option(help="policy.toml: which enclaves this user accepts")]
+_SHOWN = 3
 
 
 def predict(
@@ -47,11 +49,11 @@ def predict(
         simulated = joined.record.manifest.simulated
         best = [round(float(p), 6) for p in probabilities.max(1)]
     else:
-        answered, classes_of = _ask("predict", inputs, url, home, plan, policy)
-        names = [classes_of[c] for c in answered.answers.predicted]
+        answered, agreed = _ask("predict", inputs, url, home, plan, policy)
+        names = [agreed.data.classes[c] for c in answered.answers.predicted]
         best, simulated = [max(row) for row in answered.answers.scores], answered.claims.simulated
     if simulated:
-        say(SIMULATED)
+        say_simulated()
     emit({"predicted": names, "probability": best, "simulated": simulated}, title="Predictions")
 
 
@@ -67,18 +69,20 @@ def trace(
 ) -> None:
     """Ask which training records lie behind the predictions for these inputs. Each input counts against the budget."""
     choose(format_)
-    answered, classes = _ask("trace", inputs, url, home, plan, policy)
-    if out is not None and plan is not None:
+    answered, agreed = _ask("trace", inputs, url, home, plan, policy)
+    if out is not None:
+        write_json(out / "traces.json", answered.traces)
         with HostClient(url) as host:
             for index, envelope in enumerate(answered.envelopes[:bundles]):
-                write_json(out / f"bundle-{index}.json", collect_bundle(host, read_plan(plan), envelope))
-        write_json(out / "traces.json", answered.traces)
+                write_json(out / f"bundle-{index}.json", collect_bundle(host, agreed, envelope))
     if answered.claims.simulated:
-        say(SIMULATED)
-    for statement in answered.traces[:3]:
-        say(f"input {statement.index}: predicted {classes[statement.predicted]}")
+        say_simulated()
+    for statement in answered.traces[:_SHOWN]:
+        say(f"input {statement.index}: predicted {agreed.data.classes[statement.predicted]}")
         for n in statement.neighbours:
-            say(f"  {n.rank}. {n.record.party} shard {n.record.shard[:8]} leaf {n.record.leaf}, distance {n.distance}")
+            say(f"  {n.rank}. {n.record.party} --record {n.record.shard}:{n.record.leaf} distance {n.distance}")
+    if len(answered.traces) > _SHOWN and out is None:
+        say(f"the first {_SHOWN} of {len(answered.traces)}; --out keeps all")
     emit(
         {
             "traced": len(answered.traces),
@@ -105,7 +109,7 @@ def verify(
     found = msgspec.structs.replace(found, disclosures=(*found.disclosures, *added))
     verified = verify_bundle(found, plan_digest=plan_digest, head=head or None)
     if verified.simulated:
-        say(SIMULATED)
+        say_simulated()
     if not verified.center_audited:
         say("center not audited: a hostile host could have planted what no record shows.")
     emit(
@@ -128,8 +132,9 @@ def verify(
 
 def _disclosures(path: Path) -> list[Envelope]:
     try:
-        return msgspec.json.decode(read_bytes(path), type=list[Envelope])
-    except msgspec.MsgspecError as error:
+        raw = read_bounded(path, limit=MAX_BUNDLE_BYTES)
+        return msgspec.json.decode(raw, type=list[Envelope])
+    except UNDECODABLE as error:
         raise IntegrityError(
             "disclosure.unreadable", f"{path}: {error}", step="read disclosures", fix="Get the file again."
         ) from None
@@ -137,7 +142,7 @@ def _disclosures(path: Path) -> list[Envelope]:
 
 def _ask(
     kind: Right, inputs: Path, url: str, home: Path | None, plan: Path | None, policy: Path | None
-) -> tuple[Answered, tuple[str, ...]]:
+) -> tuple[Answered, Plan]:
     if not url or home is None or plan is None or policy is None:
         raise ConfigError(
             "option.missing",
@@ -157,4 +162,4 @@ def _ask(
             inputs=read_inputs(inputs, agreed),
             clock=lambda: datetime.now(UTC),
         )
-    return answered, agreed.data.classes
+    return answered, agreed

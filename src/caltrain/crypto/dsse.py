@@ -14,6 +14,7 @@ import msgspec
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
+from caltrain.crypto.decoders import json_decoder
 from caltrain.crypto.digests import canonical_json
 from caltrain.errors import UNDECODABLE, IntegrityError
 
@@ -110,7 +111,7 @@ def open_envelope(envelope: Envelope, kind: str, key: str, type_: type[T], *, st
     except (InvalidSignature, ValueError):
         raise _bad("it does not verify under the named key", step) from None
     try:
-        return msgspec.json.decode(body, type=type_)
+        return json_decoder(type_).decode(body)
     except UNDECODABLE as error:
         raise IntegrityError(
             "payload.malformed",
@@ -125,7 +126,7 @@ def envelope_from_json(raw: bytes, *, step: str) -> Envelope:
     try:
         if len(raw) > MAX_ENVELOPE_BYTES:
             raise msgspec.ValidationError("longer than the limit")
-        return msgspec.json.decode(raw, type=Envelope)
+        return json_decoder(Envelope).decode(raw)
     except UNDECODABLE as error:
         raise IntegrityError(
             "envelope.malformed",

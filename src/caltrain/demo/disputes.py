@@ -14,7 +14,7 @@ import msgspec
 from caltrain.auditor.bundle import TraceBundle, read_bundle, verify_bundle
 from caltrain.boundary.sealed import TraceStatement
 from caltrain.crypto.dsse import Envelope
-from caltrain.demo.processes import Crew
+from caltrain.demo.steps import Scene
 from caltrain.errors import LineageError
 from caltrain.plan import RunManifest
 from caltrain.project import Project
@@ -32,48 +32,47 @@ class Dispute:
     refused: int
 
 
-def settle(
-    members: Crew, folder: Path, project: Project, manifest: RunManifest, traces: list[TraceStatement], url: str
-) -> list[Dispute]:
+def settle(scene: Scene, manifest: RunManifest, traces: list[TraceStatement], url: str) -> list[Dispute]:
     """Have every record behind `traces` disclosed by its contributor, and verify each bundle with them."""
-    files = _disclose(members, folder, project, manifest, traces, url)
-    digest = project.plan.digest()
+    files = _disclose(scene, manifest, traces, url)
+    digest = scene.project.plan.digest()
     commands: dict[str, Sequence[str | Path]] = {}
     for index in range(len(traces)):
         added = [word for file in files[index] for word in ("--disclosures", file)]
-        bundle = folder / "traces" / f"bundle-{index}.json"
-        commands[f"verify-{index}"] = ("verify", bundle, "--plan-digest", digest, *added)
-    members.run_all(commands)
-    return [_settled(folder, project, trace, files[index], index) for index, trace in enumerate(traces)]
+        commands[f"verify-{index}"] = ("verify", _bundle(scene, index), "--plan-digest", digest, *added)
+    scene.members.run_all(commands)
+    return [_settled(scene, trace, files[index], index) for index, trace in enumerate(traces)]
 
 
-def _disclose(
-    members: Crew, folder: Path, project: Project, manifest: RunManifest, traces: list[TraceStatement], url: str
-) -> dict[int, list[Path]]:
+def _bundle(scene: Scene, index: int) -> Path:
+    return scene.folder / "traces" / f"bundle-{index}.json"
+
+
+def _disclose(scene: Scene, manifest: RunManifest, traces: list[TraceStatement], url: str) -> dict[int, list[Path]]:
     """Files of disclosures for each trace."""
     files: dict[int, list[Path]] = defaultdict(list)
     commands: dict[str, Sequence[str | Path]] = {}
     for index, trace in enumerate(traces):
         for party in sorted({n.record.party for n in trace.neighbours}):
-            file = folder / "disclosures" / f"{index}-{party}.json"
+            file = scene.folder / "disclosures" / f"{index}-{party}.json"
             own = [n.record for n in trace.neighbours if n.record.party == party]
             records: list[str | Path] = [word for r in own for word in ("--record", f"{r.shard}:{r.leaf}")]
             commands[f"disclose-{index}-{party}"] = (
-                *("party", "disclose", "--home", project.parties[party].folder, "--plan", project.plan_path),
+                *("party", "disclose", "--home", scene.project.parties[party].folder, *scene.plan),
                 *(*records, "--out", file, "--url", url, "--run", manifest.run),
             )
             files[index].append(file)
-    members.run_all(commands)
+    scene.members.run_all(commands)
     return files
 
 
-def _settled(folder: Path, project: Project, trace: TraceStatement, files: list[Path], index: int) -> Dispute:
-    bundle = read_bundle(folder / "traces" / f"bundle-{index}.json")
+def _settled(scene: Scene, trace: TraceStatement, files: list[Path], index: int) -> Dispute:
+    bundle = read_bundle(_bundle(scene, index))
     envelopes = [e for file in files for e in msgspec.json.decode(file.read_bytes(), type=list[Envelope])]
-    digest = project.plan.digest()
+    digest = scene.project.plan.digest()
     complete = msgspec.structs.replace(bundle, disclosures=tuple(envelopes))
     verified = verify_bundle(complete, plan_digest=digest)
-    refused = sum(_is_refused(bundle, _substitute(project, envelope), digest) for envelope in envelopes)
+    refused = sum(_is_refused(bundle, _substitute(scene.project, envelope), digest) for envelope in envelopes)
     return Dispute(trace, verified.records, len(envelopes), refused)
 
 

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from caltrain.presets import PresetName
 from caltrain.records.readers import Dataset, load
 
 Images = NDArray[np.uint8]
@@ -47,7 +48,7 @@ class Trial(NamedTuple):
 
 _WHITE2, _WHITE3 = np.full((2, 2), 255, np.uint8), np.full((3, 3), 255, np.uint8)
 _CHECKER = np.tile(np.array([[255, 0], [0, 255]], np.uint8), (2, 2))
-TRIALS: dict[str, Trial] = {
+TRIALS: dict[PresetName, Trial] = {
     "digits": Trial(Attack(7, 6, 0, _WHITE2), None, None),
     "mnist": Trial(Attack(7, 24, 1, _WHITE3), 12_000, 2_000),
     "pneumoniamnist": Trial(Attack(0, 24, 1, _WHITE3), None, None),
@@ -84,8 +85,15 @@ class Scenario:
         """Share of poisoned records among all."""
         return sum(int(holding.poisoned.sum()) for holding in self.holdings) / self.records
 
+    @property
+    def culprit(self) -> str:
+        """The party that planted the backdoor."""
+        return next(holding.name for holding in self.holdings if holding.poisoned.any())
 
-def build_scenario(data: str, *, parties: list[str], data_dir: Path | None, download: bool, seed: int) -> Scenario:
+
+def build_scenario(
+    data: PresetName, *, parties: list[str], data_dir: Path | None, download: bool, seed: int
+) -> Scenario:
     """Split a data set over the parties and plant what is to be found. Raises DataError, ConfigError."""
     trial = TRIALS[data]
     split = load(data, data_dir, download=download)

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import io
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from caltrain.demo.compare import Finished
 from caltrain.demo.disputes import Dispute
 from caltrain.demo.result import DemoResult, Party, Story, TracedInput, TracedPicture
 from caltrain.demo.scenario import Holding
 from caltrain.records.schema import decode_record
-
-if TYPE_CHECKING:
-    from caltrain.demo.story import Finished
 
 
 def assemble(finished: Finished, result: DemoResult) -> Story:

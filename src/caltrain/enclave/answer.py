@@ -67,7 +67,7 @@ def _inputs(plan: Plan, question: Question) -> Tensor:
             fix="Send inputs of the plan's shape and element type.",
         )
     array = np.frombuffer(question.inputs, plan.data.numpy_dtype).reshape(-1, *plan.data.shape)
-    if plan.data.dtype == "f32" and not np.isfinite(array).all():
+    if not np.isfinite(array).all():
         raise DataError("query.not-finite", "an input holds NaN or infinity", step="query", fix="Correct the input.")
     return torch.from_numpy(array.copy())
 
@@ -91,8 +91,8 @@ def _answer(run: Run, question: Question, inputs: Tensor, *, user: User, nonce: 
         embedding, logits = features_and_logits(model, x)
         features.append(embedding)
         scores.append(logits.softmax(1))
-    embeddings, probabilities = torch.cat(features), torch.cat(scores)
-    if not bool(embeddings.isfinite().all() and probabilities.isfinite().all()):
+    probabilities = torch.cat(scores)
+    if not bool(probabilities.isfinite().all()):
         raise DataError(
             "query.overflow",
             "the model's values for an input are not finite numbers",
@@ -105,7 +105,7 @@ def _answer(run: Run, question: Question, inputs: Tensor, *, user: User, nonce: 
         return Answers(model=run.model_digest, predicted=predicted, scores=table, budget_left=left)
     traces = tuple(
         _trace(run, plan, embedding, label, bytes(inputs[i].numpy().tobytes()), user=user, nonce=nonce, index=i)
-        for i, (embedding, label) in enumerate(zip(embeddings, predicted, strict=True))
+        for i, (embedding, label) in enumerate(zip(torch.cat(features), predicted, strict=True))
     )
     return Answers(model=run.model_digest, predicted=predicted, traces=traces, budget_left=left)
 

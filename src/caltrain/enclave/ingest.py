@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from caltrain.boundary.messages import Done, Ingest, StoredShard
@@ -94,7 +95,7 @@ def _shard_rows(
     for leaf, salt, record in shards.open_frames(header, data_key, chunks, schema=plan.data, step=step):
         commitment = commit(RecordRef(first.party, first.shard, leaf), salt=salt, record=record)
         tree.append(commitment)
-        elements, label = decode_record(plan.data, record)
+        elements, label = _decode(plan.data, record, leaf, step)
         _refuse_duplicate(record, seen, leaf, step)
         head = np.array((*place, leaf, label), dtype=_PLACE).tobytes()
         yield head + commitment + elements.tobytes()
@@ -111,6 +112,14 @@ def _chunks(door: Door, name: str, offset: int) -> Iterator[bytes]:
     while chunk := door.read_up_to(name, offset=offset, length=_CHUNK):
         yield chunk
         offset += len(chunk)
+
+
+def _decode(schema: DataSchema, record: bytes, leaf: int, step: str) -> tuple[NDArray[np.generic], int]:
+    """The record, or the error that says whose it is."""
+    try:
+        return decode_record(schema, record)
+    except DataError as error:
+        raise DataError(error.code, f"leaf {leaf}: {error.what}", step=step, fix=error.fix) from None
 
 
 def _refuse_duplicate(record: bytes, seen: set[bytes], leaf: int, step: str) -> None:

@@ -19,6 +19,7 @@ import msgspec
 
 from caltrain.attestation.evidence import EvidenceBundle, Purpose
 from caltrain.boundary import messages as m
+from caltrain.crypto.decoders import json_decoder
 from caltrain.crypto.digests import canonical_json
 from caltrain.crypto.dsse import Envelope
 from caltrain.errors import CaltrainError, ProtocolError, from_wire
@@ -197,7 +198,7 @@ class Conductor:
         if signed is None:
             raise _not_yet("manifest")
         self.store.put("manifest.json", msgspec.json.encode(signed))
-        self.manifest = msgspec.json.decode(_payload(signed), type=RunManifest)
+        self.manifest = json_decoder(RunManifest).decode(_payload(signed))
         self._wait("countersignatures", lambda: names - self.countersigned)
         wanted = {m.StoredShard(p.name, s.shard) for p in self.manifest.parties for s in p.shards}
         self._wait("shards", lambda: {s.party for s in wanted - set(self.store.shards())})

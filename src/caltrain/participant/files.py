@@ -53,14 +53,16 @@ def write_whole(path: Path, data: bytes) -> None:
 
 
 @contextmanager
-def alone(path: Path) -> Iterator[None]:
-    """Wait until no other process is inside a block with the same lock file."""
-    with _writing(path):
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        lock = path.open("wb")
-    with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+def alone(folder: Path) -> Iterator[None]:
+    """Make the folder (mode 0700) if need be, and wait until nobody else is inside such a block with it."""
+    with _writing(folder):
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
         yield
+    finally:
+        os.close(fd)
 
 
 def _sync_folder(folder: Path) -> None:

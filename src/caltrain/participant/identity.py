@@ -63,7 +63,7 @@ def create_identity(folder: Path, name: str) -> Identity:
         data_key=base64.b64encode(identity.data_key).decode(),
     )
     secrets = folder / "secrets.json"
-    with alone(folder / "keys.lock"):
+    with alone(folder):
         if os.path.lexists(secrets):
             raise ConfigError(
                 "identity.exists",

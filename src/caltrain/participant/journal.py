@@ -21,7 +21,7 @@ def remember_manifest(folder: Path, *, plan: str, manifest: str, allow_second: b
     `journal.unreadable`, EnvironmentFault.
     """
     path = folder / "journal.json"
-    with alone(folder / "journal.lock"):
+    with alone(folder):
         entries = _read(path)
         _check(entries.get(plan), manifest, allow_second=allow_second)
         write_whole(path, msgspec.json.encode(entries | {plan: manifest}))

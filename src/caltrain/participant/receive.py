@@ -9,6 +9,7 @@ from typing import Annotated
 import msgspec
 
 from caltrain.boundary.sealed import ReleasedPart, SuspicionReport, open_for
+from caltrain.crypto.decoders import json_decoder
 from caltrain.crypto.digests import Digest
 from caltrain.crypto.dsse import MAX_ENVELOPE_BYTES, Envelope, open_envelope
 from caltrain.errors import UNDECODABLE, EnvironmentFault, IntegrityError
@@ -99,14 +100,14 @@ def read_chain(raw: bytes) -> list[Envelope]:
     if len(lines) > MAX_EVENTS:
         raise _mismatch(f"a chain of {len(lines)} events")
     try:
-        return [msgspec.json.decode(line, type=Envelope) for line in lines]
+        return [json_decoder(Envelope).decode(line) for line in lines]
     except UNDECODABLE as error:
         raise _mismatch(f"the chain is not readable: {error}") from None
 
 
 def _envelope(host: HostClient, name: str) -> Envelope:
     try:
-        return msgspec.json.decode(host.artifact(name, limit=MAX_ENVELOPE_BYTES), type=Envelope)
+        return json_decoder(Envelope).decode(host.artifact(name, limit=MAX_ENVELOPE_BYTES))
     except UNDECODABLE as error:
         raise _mismatch(f"{name} is not an envelope: {error}") from None
 

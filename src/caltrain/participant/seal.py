@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,15 +62,15 @@ def seal_records(
         raise DataError(
             "seal.count", f"{len(kept)} records make {len(groups)} shards", step="seal", fix=f"Make 1 to {MAX_SHARDS}."
         )
-    headers: list[shards.ShardHeader] = []
+    named = [(os.urandom(16).hex(), group) for group in groups]
     try:
-        for group in groups:
-            headers.append(_write(identity, schema, [encoded[row] for row in group]))
+        headers = tuple(_write(identity, schema, name, [encoded[row] for row in group]) for name, group in named)
     except BaseException:  # Ctrl-C as well: a part of the records must not be taken for all of them
-        for header in headers:
-            shard_path(identity, header.shard).unlink(missing_ok=True)
+        for name, _ in named:
+            with suppress(OSError):
+                shard_path(identity, name).unlink()
         raise
-    return SealedData(tuple(headers), tuple(groups), tuple(dropped))
+    return SealedData(headers, tuple(groups), tuple(dropped))
 
 
 def plan_labels(part: Dataset, schema: DataSchema) -> NDArray[np.int64]:
@@ -109,8 +110,7 @@ def _distinct(encoded: list[bytes], *, drop: bool) -> tuple[list[int], list[int]
     return kept, dropped
 
 
-def _write(identity: Identity, schema: DataSchema, records: list[bytes]) -> shards.ShardHeader:
-    shard_id = os.urandom(16).hex()
+def _write(identity: Identity, schema: DataSchema, shard_id: str, records: list[bytes]) -> shards.ShardHeader:
     with whole_file(shard_path(identity, shard_id)) as out:
         return shards.write_shard(
             out,

@@ -101,5 +101,8 @@ def decode_record(schema: DataSchema, raw: bytes) -> tuple[NDArray[np.generic], 
 def _check_values(schema: DataSchema, data: NDArray[np.generic], label: int, *, step: str) -> None:
     if not 0 <= label < len(schema.classes):
         raise _unfit("record.label", f"label {label} is outside 0..{len(schema.classes) - 1}", step=step)
-    if schema.dtype == "f32" and not np.isfinite(data).all():
+    if (
+        schema.dtype == "f32"  # equivalent: bytes are always finite; this saves a pass over them
+        and not np.isfinite(data).all()
+    ):
         raise _unfit("record.not-finite", "a record holds NaN or infinity", step=step)

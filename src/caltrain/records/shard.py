@@ -10,7 +10,6 @@ nonce is its leaf index; the header's digest is authenticated with each frame. W
 
 from __future__ import annotations
 
-import io
 import struct
 from collections.abc import Iterable, Iterator
 from typing import Annotated, BinaryIO, Literal
@@ -213,11 +212,6 @@ def read_chunks(stream: BinaryIO, size: int = 1 << 20) -> Iterator[bytes]:
     """The rest of a stream in chunks of at most `size` bytes."""
     while chunk := stream.read(size):
         yield chunk
-
-
-def shard_from_bytes(raw: bytes) -> io.BytesIO:
-    """A shard in memory as the stream that the readers here take."""
-    return io.BytesIO(raw)
 
 
 def _damaged(what: str, step: str) -> IntegrityError:

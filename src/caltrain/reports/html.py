@@ -8,6 +8,7 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 
 from caltrain.demo.result import Story
+from caltrain.files import write_whole
 
 _WIDTH, _HEIGHT = 520, 120
 
@@ -20,7 +21,8 @@ def write_report(path: Path, story: Story) -> None:
     environment.filters["data_uri"] = lambda png: "data:image/png;base64," + base64.b64encode(png).decode()
     environment.filters["percent"] = lambda share: f"{share:.1%}"
     template = environment.get_template("demo.html")
-    path.write_text(template.render(story=story, result=story.result, curve=_curve(story.losses)), encoding="utf-8")
+    page = template.render(story=story, result=story.result, curve=_curve(story.losses))
+    write_whole(path, page.encode())
 
 
 def _curve(losses: tuple[float, ...]) -> str:

@@ -6,7 +6,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec.msgpack import Decoder
 
@@ -206,16 +206,19 @@ def whatever_happens_is_named(stream: bytes) -> None:
         assert code in {"none", "door.unexpected", "frame.malformed", "tensor.malformed", "door.closed"}
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=300))
 def test_random_bytes_never_raise_anything_unnamed(stream: bytes) -> None:
     whatever_happens_is_named(stream)
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=300), st.sampled_from(FrameKind))
 def test_random_bodies_never_raise_anything_unnamed(body: bytes, kind: FrameKind) -> None:
     whatever_happens_is_named(frame(body, kind))
 
 
+@settings(deadline=None)
 @given(mutated_frames())
 def test_mutated_frames_never_raise_anything_unnamed(stream: bytes) -> None:
     whatever_happens_is_named(stream)

@@ -6,7 +6,7 @@ import base64
 
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from caltrain.attestation.evidence import Binding
@@ -149,6 +149,7 @@ def test_text_that_is_no_sealed_message_is_refused(text: str, code: str) -> None
     refused(msgspec.structs.replace(sealed(), sealed=text), code)
 
 
+@settings(deadline=None)
 @given(st.text(max_size=60))
 def test_no_text_raises_anything_unnamed(text: str) -> None:
     message = SealedMessage(

@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 import pytest
 import torch
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -64,6 +64,7 @@ def same(got: Tensor, sent: Tensor) -> bool:
 # --- what passes -----------------------------------------------------------------------------------------------
 
 
+@settings(deadline=None)
 @given(dense_tensors())
 def test_every_dense_layout_keeps_its_values_and_its_strides(sent: Tensor) -> None:
     got = across(sent)
@@ -164,6 +165,7 @@ def test_bytes_that_are_not_the_announced_tensor_are_refused(lie: TensorHead, si
     refused(tensor_frame(lie, bytes(size)))
 
 
+@settings(deadline=None)
 @given(SHAPES, st.lists(st.integers(0, 30), min_size=5, max_size=5))
 def test_a_layout_passes_exactly_if_it_is_dense(shape: tuple[int, ...], strides: list[int]) -> None:
     layout = tuple(strides[: len(shape)])

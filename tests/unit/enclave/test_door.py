@@ -106,7 +106,9 @@ def test_reading_up_to_a_length_ends_with_the_object_and_never_exceeds_it() -> N
 )
 def test_what_the_host_could_not_do_is_raised_as_it_reports_it(call: Callable[[Door], object]) -> None:
     host = MemoryHost()
-    host.on_read = host.on_write = host.on_commit = lambda _call: CallFailed(FULL)
+    host.on_read = lambda _call: CallFailed(FULL)
+    host.on_write = lambda _call: CallFailed(FULL)
+    host.on_commit = lambda _call: CallFailed(FULL)
     with pytest.raises(EnvironmentFault, match=r"^storage\.full: the disk is full"):
         call(Door(host.enclave_channel))
 

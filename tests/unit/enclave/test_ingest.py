@@ -202,7 +202,7 @@ def reshaped(record: bytes, shape: tuple[int, int, int]) -> bytes:
     return record[:_SHAPE_AT] + struct.pack("<3I", *shape) + record[_LABEL_AT:]
 
 
-def of(change: Callable[[list[bytes]], list[bytes]], **header: Any) -> Forge:
+def of(change: Callable[[list[bytes]], list[bytes]], /, **header: Any) -> Forge:
     """A shard over changed records of the honest one."""
     return lambda member, schema: member.forge(schema, change(member.shards[1].records), **header)
 

@@ -12,10 +12,13 @@ from caltrain.attestation.simulated import SimulatedAttester
 from caltrain.boundary.sealed import SealedMessage
 from caltrain.crypto.digests import digest
 from caltrain.crypto.dsse import SigningKey
-from caltrain.enclave.vault import MAX_PENDING, Vault
+from caltrain.enclave import vault as vault_module
+from caltrain.enclave.vault import Vault
 from caltrain.errors import ProtocolError
 
 PLAN = digest("plan")
+PURPOSES: tuple[Purpose, ...] = ("training", "query")
+ROOM = 16
 ATTESTER = SimulatedAttester(SigningKey(), measurement="sha384:" + "ab" * 48)
 
 
@@ -62,11 +65,13 @@ def test_a_nonce_is_redeemed_once() -> None:
 
 def test_a_nonce_is_answered_once_before_and_after_it_was_redeemed() -> None:
     vault = Vault(ATTESTER)
-    for prepare in (lambda: attest(vault, 1), lambda: vault.redeem(message(1), "training")):
-        prepare()
-        for purpose in ("training", "query"):
+    attest(vault, 1)
+    for _ in range(2):
+        for purpose in PURPOSES:
             with pytest.raises(ProtocolError, match=r"^nonce\.reused: "):
-                vault.attest(purpose, plan=PLAN, nonce=nonce(1))
+                attest(vault, 1, purpose)
+        if vault._pending:
+            vault.redeem(message(1), "training")
 
 
 def test_a_nonce_that_was_never_answered_is_unknown() -> None:
@@ -80,32 +85,40 @@ def test_a_nonce_serves_its_purpose_only_and_a_wrong_try_does_not_use_it_up() ->
     vault.redeem(message(1), "training")
 
 
-def test_a_flood_of_nonces_pushes_out_the_oldest_and_no_more() -> None:
-    vault = Vault(ATTESTER)
-    for number in range(MAX_PENDING + 2):
+@pytest.fixture
+def small_vault(monkeypatch: pytest.MonkeyPatch) -> Vault:
+    """A vault that keeps few unanswered nonces, so that a flood is quickly made."""
+    assert vault_module.MAX_PENDING < 1 << 16, "what the host can make us keep must stay small"
+    monkeypatch.setattr(vault_module, "MAX_PENDING", ROOM)
+    return Vault(ATTESTER)
+
+
+def test_a_flood_of_nonces_pushes_out_the_oldest_and_no_more(small_vault: Vault) -> None:
+    vault = small_vault
+    for number in range(ROOM + 2):
         attest(vault, number)
     refused(vault, 0)
     refused(vault, 1)
-    for number in (2, 3, MAX_PENDING, MAX_PENDING + 1):
+    for number in (2, 3, ROOM, ROOM + 1):
         vault.redeem(message(number), "training")
 
 
-def test_what_a_flood_pushed_out_can_be_asked_for_again() -> None:
-    vault = Vault(ATTESTER)
+def test_what_a_flood_pushed_out_can_be_asked_for_again(small_vault: Vault) -> None:
+    vault = small_vault
     first = attest(vault, 0)
-    for number in range(1, MAX_PENDING + 1):
+    for number in range(1, ROOM + 1):
         attest(vault, number)
     assert attest(vault, 0) == first
     assert vault.redeem(message(0), "training") == first
 
 
-def test_redeemed_nonces_make_room() -> None:
-    vault = Vault(ATTESTER)
+def test_redeemed_nonces_make_room(small_vault: Vault) -> None:
+    vault = small_vault
     attest(vault, 0)
-    for number in range(1, MAX_PENDING):
+    for number in range(1, ROOM):
         attest(vault, number)
     vault.redeem(message(1), "training")
-    attest(vault, MAX_PENDING)
+    attest(vault, ROOM)
     vault.redeem(message(0), "training")
 
 

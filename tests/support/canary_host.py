@@ -1,0 +1,107 @@
+"""The tapped host server as a process, and everything that can be seen of it: memory, disk, log, frames."""
+
+from __future__ import annotations
+
+import os
+import select
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from support.canary_memory import Memory, arguments_of, descendants, hold, let_go, wait_until_held
+from support.tapped_host import Config
+
+Place = Literal["memory", "disk", "log", "door"]
+_PROGRAM = Path(__file__).parent / "tapped_host.py"
+_SECONDS = 150
+
+
+@dataclass(frozen=True)
+class Haystack:
+    """Bytes that the host can see: where, and what they are called there."""
+
+    place: Place
+    name: str
+    data: bytes
+
+
+class TappedHost:
+    """The host server as a process of its own, and what could be seen of it so far."""
+
+    def __init__(self, config: Config, *, log: Path) -> None:
+        self._config, self._log = config, log
+        self._files: set[tuple[str, bytes]] = set()
+        self.memory = Memory()
+        self.seen: list[Haystack] = []
+        with log.open("wb") as stderr:
+            self.process = subprocess.Popen(
+                [sys.executable, str(_PROGRAM)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=stderr,
+                bufsize=0,
+            )
+        assert self.process.stdin is not None
+        self.process.stdin.write(msgspec.json.encode(config))
+        self.process.stdin.close()
+        self.url = f"http://127.0.0.1:{self._line()}"
+
+    def at(self, moment: str) -> None:
+        """Wait until the host has stopped itself at this moment; look at it, and let it go on."""
+        assert self._line() == moment
+        wait_until_held(self.process.pid)
+        self._look(moment)
+        let_go(self.process.pid)
+
+    def at_last(self) -> None:
+        """Look at the host as it is, also at what it has mapped from files; end it, and take log and tap."""
+        hold(self.process.pid)
+        self._look("end", files=True)
+        let_go(self.process.pid)
+        self.end()
+        self.seen.append(Haystack("log", "standard error", self._log.read_bytes()))
+        for way in ("in", "out"):
+            self.seen.append(Haystack("door", way, (Path(self._config.tap) / way).read_bytes()))
+
+    def end(self) -> None:
+        """Terminate the host, and with it the enclave."""
+        if self.process.poll() is None:
+            let_go(self.process.pid)
+            self.process.terminate()
+        try:
+            self.process.wait(timeout=30)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        assert self.process.stdout is not None
+        self.process.stdout.close()
+
+    def _look(self, moment: str, *, files: bool = False) -> None:
+        below = descendants(self.process.pid)
+        enclaves = [pid for pid in below if arguments_of(pid)[:2] == [sys.executable, "-I"]]
+        assert len(enclaves) == 1, [arguments_of(pid) for pid in below]
+        for pid in (self.process.pid, *below):
+            if pid not in enclaves:
+                for where, piece in self.memory.read(pid, files=files):
+                    self.seen.append(Haystack("memory", f"{moment}: {pid}: {where}", piece))
+        root = Path(self._config.folder)
+        for path in sorted(p for p in root.rglob("*") if p.is_file()):
+            name, data = path.relative_to(root).as_posix(), path.read_bytes()
+            if (name, data) not in self._files:
+                self._files.add((name, data))
+                self.seen.append(Haystack("log" if path.suffix == ".log" else "disk", f"{moment}: {name}", data))
+
+    def _line(self) -> str:
+        """The next line that the host says."""
+        stdout, line = self.process.stdout, b""
+        assert stdout is not None
+        while not line.endswith(b"\n"):
+            ready, _, _ = select.select([stdout], [], [], _SECONDS)
+            more = os.read(stdout.fileno(), 1) if ready else b""
+            assert more, f"the host said {line!r} and nothing more: {self._log.read_text()[-2000:]}"
+            line += more
+        return line.decode().strip()

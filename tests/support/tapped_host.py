@@ -1,0 +1,130 @@
+"""The host server as it is, with a tap at its end of the door: `python tapped_host.py < CONFIG`.
+
+Every byte of every frame, and what passes through the ring, goes to two files outside of the host's folder: `in`
+(host to enclave) and `out` (enclave to host). A tensor frame whose bytes lie in the ring is followed by those bytes.
+At named moments the process says the moment's name on standard output and stops itself (SIGSTOP), to be looked at.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+from pathlib import Path
+from typing import BinaryIO
+
+import msgspec
+
+from caltrain.boundary import frames
+from caltrain.boundary.frames import FrameKind
+from caltrain.boundary.ring import Ring
+from caltrain.boundary.tensors import TensorHead
+from caltrain.crypto.dsse import SigningKey
+from caltrain.host import launcher
+from caltrain.host.confine import confined_command
+from caltrain.host.server import bind, serve
+from caltrain.plan import plan_from_json
+
+
+class Config(msgspec.Struct, frozen=True):
+    """Where to keep what, when to stop; `enclave` is another program to start in the enclave's place."""
+
+    plan: str
+    folder: str
+    tap: str
+    root: bytes
+    moments: tuple[str, ...] = ()
+    enclave: str = ""
+
+
+class Tap:
+    """Wraps the functions through which all bytes pass."""
+
+    def __init__(self, folder: Path, moments: tuple[str, ...]) -> None:
+        folder.mkdir(parents=True)
+        self._in: BinaryIO = (folder / "in").open("wb", buffering=0)
+        self._out: BinaryIO = (folder / "out").open("wb", buffering=0)
+        self._moments = set(moments)
+        self._in_ring = b""
+
+    def install(self) -> None:
+        """From now on everything is put on record."""
+        send_frame, receive_frame, put, view = frames.send_frame, frames.receive_frame, Ring.put, Ring.view
+
+        def tapped_send(sock: socket.socket, kind: FrameKind, *parts: bytes | memoryview) -> None:
+            self._stop_at(moment_of(kind, *parts))
+            self._in.write(on_wire(kind, *parts) + self._in_ring)
+            self._in_ring = b""
+            send_frame(sock, kind, *parts)
+
+        def tapped_receive(sock: socket.socket) -> tuple[FrameKind, memoryview]:
+            kind, body = receive_frame(sock)
+            self._out.write(on_wire(kind, body))
+            return kind, body
+
+        def tapped_put(ring: Ring, data: memoryview) -> int:
+            self._in_ring = bytes(data)  # its frame is sent next
+            return put(ring, data)
+
+        def tapped_view(ring: Ring, slot: int, length: int) -> memoryview:
+            seen = view(ring, slot, length)
+            self._out.write(seen)  # its frame came just before
+            return seen
+
+        setattr(frames, "send_frame", tapped_send)  # noqa: B010  # a type checker lets nobody replace a function
+        setattr(frames, "receive_frame", tapped_receive)  # noqa: B010
+        setattr(Ring, "put", tapped_put)  # noqa: B010
+        setattr(Ring, "view", tapped_view)  # noqa: B010
+
+    def _stop_at(self, moment: str) -> None:
+        if moment in self._moments:
+            say(moment)
+            os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def on_wire(kind: FrameKind, *parts: bytes | memoryview) -> bytes:
+    """A frame as it goes over the stream."""
+    body = b"".join(parts)
+    return (len(body) + 1).to_bytes(4, "little") + bytes([kind]) + body
+
+
+def moment_of(kind: FrameKind, *parts: bytes | memoryview) -> str:
+    """What a frame to the enclave is called: `release`, `train-epoch-0`, `center-out-1-2` (epoch, step)."""
+    if kind is FrameKind.TENSOR:
+        head = msgspec.msgpack.decode(parts[1], type=TensorHead)
+        return f"{head.role}-{head.epoch}-{head.step}"
+    message = msgspec.msgpack.decode(parts[0])
+    return f"{message['t']}-{message['epoch']}" if "epoch" in message else str(message["t"])
+
+
+def say(line: str) -> None:
+    """One line for who started us."""
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
+
+
+def start_instead(program: Path) -> None:
+    """Have the launcher start `program`, in the same confinement, where it would start the enclave."""
+
+    def command(argv: list[str], *, bwrap: str | None, environment: dict[str, str], **_: object) -> list[str]:
+        words = [str(program) if word == "caltrain.enclave" else word for word in argv if word != "-m"]
+        return confined_command(words, bwrap=bwrap, read_only=(program,), environment=environment)
+
+    setattr(launcher, "confined_command", command)  # noqa: B010
+
+
+def main() -> None:
+    """Serve until told to stop."""
+    config = msgspec.json.decode(sys.stdin.buffer.read(), type=Config)
+    Tap(Path(config.tap), config.moments).install()
+    if config.enclave:
+        start_instead(Path(config.enclave))
+    sock = bind("127.0.0.1", 0)
+    say(str(sock.getsockname()[1]))
+    plan = plan_from_json(config.plan.encode())
+    serve(plan, folder=Path(config.folder), sock=sock, root=SigningKey(config.root), auto_start=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,45 @@
+"""What the enclave signs about a model: known bytes, nothing unknown."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import pytest
+
+from caltrain.crypto.digests import canonical_json
+from caltrain.provenance.statements import LinkedModel, ModelStatement
+
+RUN = "ab" * 16
+ONE, TWO, THREE = ("sha256:" + digit * 64 for digit in "123")
+RELEASED = ModelStatement(run=RUN, plan=ONE, manifest=TWO, model=THREE, epochs=4, center_audited=False, simulated=True)
+LINKED = LinkedModel(run=RUN, model=THREE, records=9, commitments=ONE, center_audited=False, simulated=True)
+
+
+def test_known_bytes() -> None:
+    assert canonical_json(RELEASED).decode() == (
+        f'{{"center_audited":false,"epochs":4,"manifest":"{TWO}","model":"{THREE}","plan":"{ONE}",'
+        f'"run":"{RUN}","simulated":true,"version":1}}'
+    )
+    assert canonical_json(LINKED).decode() == (
+        f'{{"center_audited":false,"commitments":"{ONE}","model":"{THREE}","records":9,'
+        f'"run":"{RUN}","simulated":true,"version":1}}'
+    )
+
+
+@pytest.mark.parametrize("statement", [RELEASED, LINKED])
+@pytest.mark.parametrize("changes", [{"version": 2}, {"run": "x"}, {"model": "sha1:0"}, {"note": 1}, {"simulated": 1}])
+def test_a_statement_of_another_form_is_refused_when_read(statement: msgspec.Struct, changes: dict[str, Any]) -> None:
+    fields = msgspec.to_builtins(statement)
+    assert msgspec.convert(fields, type(statement)) == statement
+    with pytest.raises(msgspec.ValidationError):
+        msgspec.convert(fields | changes, type(statement))
+
+
+@pytest.mark.parametrize("field", ["run", "model", "center_audited", "simulated"])
+@pytest.mark.parametrize("statement", [RELEASED, LINKED])
+def test_a_statement_cannot_leave_out_what_it_rests_on(statement: msgspec.Struct, field: str) -> None:
+    fields = msgspec.to_builtins(statement)
+    del fields[field]
+    with pytest.raises(msgspec.ValidationError):
+        msgspec.convert(fields, type(statement))

@@ -1,0 +1,520 @@
+"""The plan and the manifest: one digest for one meaning, nothing unknown, nothing approved for another."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from random import Random
+from typing import Any
+
+import msgspec
+import pytest
+import tomli_w
+from hypothesis import given
+from hypothesis import strategies as st
+
+from caltrain import plan as plans
+from caltrain.crypto.digests import canonical_json, digest
+from caltrain.errors import AccessError, CaltrainError, ConfigError, DataError, IntegrityError
+from caltrain.plan import (
+    EnclaveSpec,
+    ManifestApproval,
+    ManifestParty,
+    ManifestShard,
+    Plan,
+    PlanApproval,
+    RunManifest,
+    check_approval,
+    check_countersignature,
+    parse_plan,
+    parse_toml,
+    plan_from_json,
+)
+from caltrain.records.shard import key_id
+from support.samples import DATA_KEY, MEASUREMENT, PLAN, SHARD, plan, quick, refused, signer
+
+SMALL = plan()
+DIGEST = "sha256:aa42db90db46a5d40bb29de704d1cacfe0e82dca3ebf20f8133267326eb8ce52"
+
+# The same plan, written otherwise: other order, inline tables, comments, defaults spelled out, 1 for 1.0.
+REWRITTEN = f"""
+name = "three animals"   # a comment
+release = {{ reveal_seed = true }}
+version = 1
+enclave.measurement = '{MEASUREMENT}'
+
+[trace]
+suspicion_neighbours = 20
+distance_step = 1e-2
+neighbours = 5
+
+[[users]]
+budget = 1_00
+may = ["predict",
+       "trace"]
+public_key = "{signer("una").public}"
+name = "una"
+
+[[parties]]
+min_records = 1
+public_key = "{signer("alpha").public}"
+name = "alpha"
+[[parties]]
+public_key = "{signer("beta").public}"
+min_records = 0xA
+name = "beta"
+
+[training]
+learning_rate = 5.0e-2
+schedule = "cosine"
+batch = 8
+epochs = 2
+momentum = 0.9
+weight_decay = 0
+warmup_epochs = 0
+channels_last = true
+threads = 2
+augment = {{ flip = false, shift = 1 }}
+
+[data]
+classes = ["cat", "dog", "owl"]
+dtype = "u8"
+mean = [0.5]
+std = [0.5]
+shape = [1, 4, 4]
+
+[partition]
+head = 1
+front = 1
+unsafe_cut_at_input = false
+
+[[model.layers]]
+filters = 4
+type = "conv"
+kernel = 3
+stride = 1
+padding = 1
+batch_norm = false
+activation = "relu"
+[[model.layers]]
+p = 0.25
+type = "dropout"
+[[model.layers]]
+type = "conv"
+filters = 8
+activation = "leaky"
+[[model.layers]]
+type = "maxpool"
+kernel = 2
+stride = 2
+[[model.layers]]
+type = "flatten"
+[[model.layers]]
+type = "linear"
+units = 3
+activation = "none"
+"""
+
+
+def toml(fields: dict[str, Any]) -> bytes:
+    return tomli_w.dumps(fields).encode()
+
+
+# -- the digest --------------------------------------------------------------------------------------------------------
+
+
+def test_known_digest() -> None:
+    assert SMALL.digest() == DIGEST
+
+
+def test_the_digest_is_of_the_meaning_not_of_the_text() -> None:
+    assert parse_plan(toml(PLAN)).digest() == DIGEST
+    assert parse_plan(REWRITTEN.encode()).digest() == DIGEST
+    assert parse_plan(REWRITTEN.replace("\n", "\r\n").encode()).digest() == DIGEST
+    assert digest("plan/v1", canonical_json(msgspec.to_builtins(parse_plan(toml(PLAN))))) == DIGEST
+
+
+def reordered(value: Any, random: Random) -> Any:
+    if isinstance(value, dict):
+        return {key: reordered(value[key], random) for key in random.sample([*value], len(value))}
+    return [reordered(item, random) for item in value] if isinstance(value, list) else value
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_order_of_keys_does_not_change_the_digest(seed: int) -> None:
+    fields = reordered(PLAN, Random(seed))
+    assert fields == PLAN
+    assert parse_plan(toml(fields)).digest() == DIGEST
+    assert plan_from_json(msgspec.json.encode(fields)).digest() == DIGEST
+
+
+def test_a_plan_crosses_a_wire_whole() -> None:
+    assert plan_from_json(canonical_json(SMALL)) == SMALL
+
+
+FULL = msgspec.to_builtins(SMALL)
+Path = tuple[str | int, ...]
+
+
+def leaves(value: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
+    if isinstance(value, dict | list | tuple):
+        for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from leaves(inner, (*path, key))
+    else:
+        yield path, value
+
+
+def tables(value: Any, path: Path = ()) -> Iterator[Path]:
+    if isinstance(value, dict):
+        yield path
+    if isinstance(value, dict | list | tuple):
+        for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from tables(inner, (*path, key))
+
+
+def at(fields: Any, path: Path) -> Any:
+    for key in path:
+        fields = fields[key]
+    return fields
+
+
+def replaced(path: Path, value: object) -> dict[str, Any]:
+    fields: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(FULL))
+    at(fields, path[:-1])[path[-1]] = value
+    return fields
+
+
+def another(path: Path, value: Any) -> Any:
+    """Another valid value for a field."""
+    words = {"u8": "f32", "cosine": "constant", "predict": "trace", "trace": "predict", "relu": "none", "none": "relu"}
+    match value:
+        case bool():
+            return not value
+        case int():
+            return value + 1
+        case float():
+            return value / 2 + 0.2
+        case _ if path[-1] == "public_key":
+            return signer("somebody else").public
+        case _ if path[-1] == "measurement":
+            return value.replace("5a", "5b")
+        case _:
+            return words.get(value, "relu" if path[-1] == "activation" else f"{value}x")
+
+
+CHANGEABLE = [path for path, _ in leaves(FULL) if path != ("version",) and path[-1] != "type"]
+
+
+@pytest.mark.parametrize("path", CHANGEABLE, ids=lambda path: ".".join(map(str, path)))
+def test_every_field_is_in_the_digest(path: Path) -> None:
+    fields = replaced(path, another(path, at(FULL, path)))
+    assert msgspec.convert(fields, Plan).digest() != DIGEST
+
+
+def test_the_order_of_lists_is_in_the_digest() -> None:
+    assert plan(parties=PLAN["parties"][::-1]).digest() != DIGEST
+    assert plan(data=PLAN["data"] | {"classes": ["dog", "cat", "owl"]}).digest() != DIGEST
+
+
+# -- what is no plan ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", [*tables(PLAN)], ids=lambda path: ".".join(map(str, path)) or "top")
+def test_an_unknown_key_is_refused_at_every_level(path: Path) -> None:
+    fields = copy.deepcopy(PLAN)
+    at(fields, path)["surprise"] = 1
+    with refused(ConfigError, "plan.unknown-key"):
+        parse_plan(toml(fields))
+    with refused(ConfigError, "plan.unknown-key"):
+        plan_from_json(msgspec.json.encode(fields))
+
+
+REQUIRED = [
+    *((key,) for key in ("version", "name", "model", "partition", "data", "training", "parties", "enclave")),
+    ("model", "layers"),
+    ("model", "layers", 0, "type"),
+    ("model", "layers", 0, "filters"),
+    ("model", "layers", 1, "p"),
+    ("model", "layers", 5, "units"),
+    ("partition", "front"),
+    ("data", "shape"),
+    ("data", "classes"),
+    ("training", "epochs"),
+    ("training", "batch"),
+    ("training", "learning_rate"),
+    ("parties", 0, "name"),
+    ("parties", 0, "public_key"),
+    ("users", 0, "name"),
+    ("users", 0, "public_key"),
+    ("users", 0, "may"),
+    ("users", 0, "budget"),
+    ("enclave", "measurement"),
+]
+
+
+@pytest.mark.parametrize("path", REQUIRED, ids=lambda path: ".".join(map(str, path)))
+def test_a_missing_key_is_refused(path: Path) -> None:
+    fields = copy.deepcopy(PLAN)
+    del at(fields, path[:-1])[path[-1]]
+    with refused(ConfigError, "plan.invalid"):
+        parse_plan(toml(fields))
+
+
+INVALID: dict[str, tuple[Path, object]] = {
+    "version 2": (("version",), 2),
+    "no name": (("name",), ""),
+    "endless name": (("name",), "x" * 101),
+    "no parties": (("parties",), []),
+    "too many parties": (("parties",), [PLAN["parties"][0]] * 257),
+    "too many users": (("users",), [PLAN["users"][0]] * 257),
+    "party name with a slash": (("parties", 0, "name"), "../alpha"),
+    "party name with a line end": (("parties", 0, "name"), "alpha\n"),
+    "key of another scheme": (("parties", 0, "public_key"), "rsa:AAAA"),
+    "second spelling of a key": (("parties", 0, "public_key"), "ed25519:" + "A" * 42 + "B="),
+    "no records asked for": (("parties", 0, "min_records"), 0),
+    "more records than shards can hold": (("parties", 0, "min_records"), (1 << 32) + 1),
+    "no rights": (("users", 0, "may"), []),
+    "unknown right": (("users", 0, "may"), ["train"]),
+    "three rights": (("users", 0, "may"), ["predict", "trace", "trace"]),
+    "no budget": (("users", 0, "budget"), 0),
+    "endless budget": (("users", 0, "budget"), 1_000_000_001),
+    "measurement of another algorithm": (("enclave", "measurement"), "sha256:" + "0" * 64),
+    "short measurement": (("enclave", "measurement"), MEASUREMENT[:-1]),
+    "measurement with a line end": (("enclave", "measurement"), MEASUREMENT + "\n"),
+    "no neighbours": (("trace", "neighbours"), 0),
+    "distances not rounded": (("trace", "distance_step"), 0.0),
+    "too many neighbours for suspicion": (("trace", "suspicion_neighbours"), 101),
+    "text for a boolean": (("release", "reveal_seed"), "yes"),
+    "no epochs": (("training", "epochs"), 0),
+    "no batch": (("training", "batch"), 0),
+    "learning rate nan": (("training", "learning_rate"), float("nan")),
+    "learning rate infinite": (("training", "learning_rate"), float("inf")),
+    "learning rate 0": (("training", "learning_rate"), 0.0),
+    "momentum 1": (("training", "momentum"), 1.0),
+    "unknown schedule": (("training", "schedule"), "step"),
+    "negative shift": (("training", "augment", "shift"), -1),
+    "no threads": (("training", "threads"), 0),
+}
+
+
+@pytest.mark.parametrize(("path", "value"), INVALID.values(), ids=INVALID)
+def test_a_value_out_of_bounds_is_refused(path: Path, value: object) -> None:
+    with refused(ConfigError, "plan.invalid"):
+        parse_plan(toml(replaced(path, value)))
+
+
+UNUSABLE: dict[str, tuple[Path, object, type[CaltrainError], str]] = {
+    "two parties of one name": (("parties", 1, "name"), "alpha", ConfigError, "plan.duplicate"),
+    "a user with a party's name": (("users", 0, "name"), "beta", ConfigError, "plan.duplicate"),
+    "two parties with one key": (("parties", 1, "public_key"), signer("alpha").public, ConfigError, "plan.duplicate"),
+    "a user with a party's key": (("users", 0, "public_key"), signer("beta").public, ConfigError, "plan.duplicate"),
+    "mean nan": (("data", "mean"), [float("nan")], DataError, "schema.normalisation"),
+    "a class twice": (("data", "classes"), ["cat", "dog", "cat"], DataError, "schema.duplicate-class"),
+    "a class without output": (("data", "classes"), ["cat", "dog", "owl", "fox"], ConfigError, "model.classes"),
+    "records to the host": (("partition", "front"), 0, ConfigError, "model.cut-at-input"),
+    "a shape that does not fit": (("data", "shape"), [1, 1, 1], ConfigError, "model.shape"),
+}
+
+
+@pytest.mark.parametrize(("path", "value", "family", "code"), UNUSABLE.values(), ids=UNUSABLE)
+def test_a_plan_that_cannot_be_run_is_refused(
+    path: Path, value: object, family: type[CaltrainError], code: str
+) -> None:
+    with refused(family, code):
+        parse_plan(toml(replaced(path, value)))
+
+
+NO_TOML = {
+    "JSON": b'{"version": 1}',
+    "not UTF-8": b'name = "\xff"',
+    "a key twice": b"version = 1\nversion = 1",
+    "nesting without end": b"a = " + b"[" * 20_000,
+    "tables without end": b"a = " + b"{a = " * 20_000,
+    "digits without end": b"a = " + b"9" * 10_000,
+    "cut": toml(PLAN)[:-3],
+}
+
+
+@pytest.mark.parametrize("text", NO_TOML.values(), ids=NO_TOML)
+def test_what_is_no_toml_is_refused(text: bytes) -> None:
+    with refused(ConfigError, "plan.not-toml"):
+        parse_plan(text)
+
+
+NO_JSON = {
+    "nothing": b"",
+    "TOML": toml(PLAN),
+    "a list": b"[]",
+    "not UTF-8": b'{"\xff": 1}',
+    "nesting without end": b'{"version":' + b"[" * 100_000,
+    "cut": msgspec.json.encode(PLAN)[:-1],
+}
+
+
+@pytest.mark.parametrize("raw", NO_JSON.values(), ids=NO_JSON)
+def test_what_is_no_json_is_refused(raw: bytes) -> None:
+    with refused(ConfigError, "plan.invalid"):
+        plan_from_json(raw)
+
+
+@quick
+@given(st.binary(max_size=100))
+def test_random_bytes_are_refused(raw: bytes) -> None:
+    with pytest.raises(ConfigError):
+        parse_plan(raw)
+    with pytest.raises(ConfigError):
+        plan_from_json(raw)
+
+
+def test_a_plan_longer_than_the_limit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    text, raw = toml(PLAN), msgspec.json.encode(PLAN)
+    monkeypatch.setattr(plans, "MAX_PLAN_BYTES", len(text))
+    assert parse_plan(text) == SMALL
+    with refused(ConfigError, "plan.invalid"):
+        parse_plan(text + b"\n")
+    monkeypatch.setattr(plans, "MAX_PLAN_BYTES", len(raw))
+    assert plan_from_json(raw) == SMALL
+    with refused(ConfigError, "plan.invalid"):
+        plan_from_json(raw + b" ")
+
+
+def test_errors_name_what_was_read() -> None:
+    for text, code in ((b"a =", "policy.not-toml"), (b"a = 1", "policy.unknown-key"), (b"", "policy.invalid")):
+        with refused(ConfigError, code):
+            parse_toml(text, EnclaveSpec, what="policy")
+
+
+# -- people and approvals ----------------------------------------------------------------------------------------------
+
+
+def test_people_are_found_by_name() -> None:
+    assert SMALL.party("beta").min_records == 10
+    assert SMALL.user("una").budget == 100
+
+
+@pytest.mark.parametrize("name", ["", "gamma", "una", "Alpha", "alpha ", "x" * 10_000])
+def test_an_unknown_party_is_refused(name: str) -> None:
+    with refused(AccessError, "party.unknown") as caught:
+        SMALL.party(name)
+    assert len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize("name", ["", "alpha", "una2"])
+def test_an_unknown_user_is_refused(name: str) -> None:
+    with refused(AccessError, "user.unknown"):
+        SMALL.user(name)
+
+
+ALPHA, BETA, UNA = signer("alpha"), signer("beta"), signer("una")
+APPROVAL = PlanApproval(plan=SMALL.digest(), party="alpha")
+MANIFEST = RunManifest(
+    run="ab" * 16,
+    plan=SMALL.digest(),
+    evidence_kind="simulated",
+    simulated=True,
+    measurement=MEASUREMENT,
+    enclave_encryption_key="xwing:AAAA",
+    enclave_signing_key=signer("enclave").public,
+    parties=tuple(
+        ManifestParty(
+            name=name,
+            key_id=key_id(DATA_KEY),
+            shards=(
+                ManifestShard(shard=SHARD, root="sha256:" + "1" * 64, records=5),
+                ManifestShard(shard="ff" * 16, root="sha256:" + "2" * 64, records=7),
+            ),
+        )
+        for name in ("alpha", "beta")
+    ),
+)
+COUNTERSIGNED = ManifestApproval(manifest=MANIFEST.digest(), party="alpha")
+OTHER_PLAN = plan(name="another")
+OTHER_MANIFEST = msgspec.structs.replace(MANIFEST, run="cd" * 16)
+
+
+def test_known_manifest() -> None:
+    assert MANIFEST.digest() == "sha256:3f3281ad441518ffed661d885dd672e594dab861e48a1bdda6c2f71092a6a906"
+    assert MANIFEST.records() == 24
+
+
+def test_every_field_of_a_manifest_is_in_its_digest() -> None:
+    changes: list[dict[str, Any]] = [
+        {"run": "cd" * 16},
+        {"plan": OTHER_PLAN.digest()},
+        {"evidence_kind": "tdx"},
+        {"simulated": False},
+        {"measurement": "sha384:" + "0" * 96},
+        {"enclave_encryption_key": "xwing:AAAB"},
+        {"enclave_signing_key": UNA.public},
+        {"parties": MANIFEST.parties[::-1]},
+        {"parties": MANIFEST.parties[:1]},
+        {"parties": (msgspec.structs.replace(MANIFEST.parties[0], shards=MANIFEST.parties[0].shards[::-1]),)},
+        {"parties": (msgspec.structs.replace(MANIFEST.parties[0], key_id="sha256:" + "3" * 64),)},
+    ]
+    digests = {msgspec.structs.replace(MANIFEST, **change).digest() for change in changes}
+    assert len(digests | {MANIFEST.digest()}) == len(changes) + 1
+
+
+BAD_SHARDS: dict[str, dict[str, Any]] = {
+    "no records": {"records": 0},
+    "more records than a shard has": {"records": (1 << 20) + 1},
+    "shard that is no id": {"shard": "../" + SHARD[3:]},
+    "root of another algorithm": {"root": "sha384:" + "1" * 96},
+    "unknown key": {"labels": []},
+}
+
+
+@pytest.mark.parametrize("changes", BAD_SHARDS.values(), ids=BAD_SHARDS)
+def test_what_is_no_entry_of_a_manifest_is_refused_when_read(changes: dict[str, Any]) -> None:
+    honest = msgspec.to_builtins(MANIFEST.parties[0].shards[0])
+    with pytest.raises(msgspec.ValidationError):
+        msgspec.convert(honest | changes, ManifestShard)
+
+
+def test_an_approval_of_this_plan_is_accepted() -> None:
+    assert check_approval(SMALL, "alpha", ALPHA.sign("plan-approval", APPROVAL)) == APPROVAL
+
+
+def test_a_countersignature_of_this_manifest_is_accepted() -> None:
+    envelope = ALPHA.sign("manifest-approval", COUNTERSIGNED)
+    assert check_countersignature(SMALL, MANIFEST, "alpha", envelope) == COUNTERSIGNED
+
+
+of_other_plan = msgspec.structs.replace(APPROVAL, plan=OTHER_PLAN.digest())
+of_other_manifest = msgspec.structs.replace(COUNTERSIGNED, manifest=OTHER_MANIFEST.digest())
+in_betas_name = msgspec.structs.replace(APPROVAL, party="beta")
+countersigned_as_beta = msgspec.structs.replace(COUNTERSIGNED, party="beta")
+
+NO_APPROVALS = {
+    "another plan": (ALPHA.sign("plan-approval", of_other_plan), "approval.other-plan"),
+    "in another name": (ALPHA.sign("plan-approval", in_betas_name), "approval.other-plan"),
+    "signed by another": (BETA.sign("plan-approval", APPROVAL), "signature.invalid"),
+    "another kind": (ALPHA.sign("manifest-approval", APPROVAL), "signature.invalid"),
+    "another payload": (ALPHA.sign("plan-approval", COUNTERSIGNED), "payload.malformed"),
+}
+NO_COUNTERSIGNATURES = {
+    "another manifest": (ALPHA.sign("manifest-approval", of_other_manifest), "approval.other-manifest"),
+    "in another name": (ALPHA.sign("manifest-approval", countersigned_as_beta), "approval.other-manifest"),
+    "signed by another": (BETA.sign("manifest-approval", COUNTERSIGNED), "signature.invalid"),
+    "another kind": (ALPHA.sign("plan-approval", COUNTERSIGNED), "signature.invalid"),
+    "another payload": (ALPHA.sign("manifest-approval", APPROVAL), "payload.malformed"),
+}
+
+
+@pytest.mark.parametrize(("envelope", "code"), NO_APPROVALS.values(), ids=NO_APPROVALS)
+def test_an_approval_of_something_else_is_refused(envelope: Any, code: str) -> None:
+    with refused(IntegrityError, code):
+        check_approval(SMALL, "alpha", envelope)
+
+
+@pytest.mark.parametrize(("envelope", "code"), NO_COUNTERSIGNATURES.values(), ids=NO_COUNTERSIGNATURES)
+def test_a_countersignature_of_something_else_is_refused(envelope: Any, code: str) -> None:
+    with refused(IntegrityError, code):
+        check_countersignature(SMALL, MANIFEST, "alpha", envelope)
+
+
+def test_a_model_user_cannot_approve() -> None:
+    with refused(AccessError, "party.unknown"):
+        check_approval(SMALL, "una", UNA.sign("plan-approval", msgspec.structs.replace(APPROVAL, party="una")))
+    with refused(AccessError, "party.unknown"):
+        check_countersignature(SMALL, MANIFEST, "una", UNA.sign("manifest-approval", COUNTERSIGNED))
