@@ -140,8 +140,10 @@ class HostClient:
 
     def _once(self, method: str, path: str, limit: int, options: dict[str, Any]) -> tuple[int, bytes]:
         with self._http.stream(method, path, **options) as response:
-            body = bytearray()
-            for chunk in response.iter_raw():
+            body, encoding = bytearray(), response.headers.get("Content-Encoding", "identity")
+            if encoding != "identity":
+                raise _garbage(f"an answer packed with {encoding[:40]!r}, which was not asked for")
+            for chunk in response.iter_bytes():
                 body += chunk
                 if len(body) > limit:
                     raise _garbage(f"more than {limit} bytes for {path}")

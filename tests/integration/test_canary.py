@@ -7,7 +7,7 @@ that leak on purpose show that each search finds what there is to be found.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import get_args
 
@@ -48,18 +48,21 @@ KNOWN = [
 class Examined:
     """A run, its replay, and all that was found of it. Without `marked` the records that a talking enclave shows."""
 
-    def __init__(self, outcome: Outcome, *, marked: tuple[int, ...] = ()) -> None:
+    def __init__(self, outcome: Outcome, *, marked: Sequence[int] = ()) -> None:
         self.outcome, self.plan = outcome, outcome.people.plan
         self.pixels, self.labels = outcome.people.in_order(outcome.model.record.manifest)
         self.replay = replay(self.plan, pixels=self.pixels, labels=self.labels, seeds=outcome.seeds)
         self.fingerprints = self.replay.fingerprints(self.plan, self.pixels)
-        self.marked = marked or tuple(
-            int(i) for i in (*self.replay.steps[0].batch[:3], self.replay.order[0], *range(24))
-        )
+        self.marked = marked or [*self.replay.steps[0].batch[:3].tolist(), int(self.replay.order[0]), self._unsealed()]
         self.needles = [*self._secret(), *self._known()]
         parties = {name: slice(i * RECORDS, (i + 1) * RECORDS) for i, name in enumerate(NAMES)}
         vectors = n.label_vectors(self.plan, self.replay, labels=self.labels, parties=parties)
         self.found = findings(outcome.seen, needles=self.needles, vectors=vectors)
+
+    def _unsealed(self) -> int:
+        """Which record is the first of the first party's before sealing."""
+        same = self.pixels == torch.from_numpy(self.outcome.people.images[0][0])
+        return int(same.flatten(1).all(dim=1).nonzero())
 
     def _secret(self) -> Iterator[Needle]:
         people, seeds = self.outcome.people, self.outcome.seeds

@@ -54,13 +54,16 @@ class TappedHost:
         """Wait until the host has stopped itself at this moment; look at it, and let it go on."""
         assert self._line() == moment
         wait_until_held(self.process.pid)
-        self._look(moment)
+        self._look_at_memory(moment, files=False)
+        self._look_at_disk(moment)
         let_go(self.process.pid)
 
-    def at_last(self) -> None:
+    def at_last(self, *, memory: bool) -> None:
         """Look at the host as it is, also at what it has mapped from files; end it, and take log and tap."""
         hold(self.process.pid)
-        self._look("end", files=True)
+        if memory:
+            self._look_at_memory("end", files=True)
+        self._look_at_disk("end")
         let_go(self.process.pid)
         self.end()
         self.seen.append(Haystack("log", "standard error", self._log.read_bytes()))
@@ -80,7 +83,7 @@ class TappedHost:
         assert self.process.stdout is not None
         self.process.stdout.close()
 
-    def _look(self, moment: str, *, files: bool = False) -> None:
+    def _look_at_memory(self, moment: str, *, files: bool) -> None:
         below = descendants(self.process.pid)
         enclaves = [pid for pid in below if arguments_of(pid)[:2] == [sys.executable, "-I"]]
         assert len(enclaves) == 1, [arguments_of(pid) for pid in below]
@@ -88,6 +91,8 @@ class TappedHost:
             if pid not in enclaves:
                 for where, piece in self.memory.read(pid, files=files):
                     self.seen.append(Haystack("memory", f"{moment}: {pid}: {where}", piece))
+
+    def _look_at_disk(self, moment: str) -> None:
         root = Path(self._config.folder)
         for path in sorted(p for p in root.rglob("*") if p.is_file()):
             name, data = path.relative_to(root).as_posix(), path.read_bytes()

@@ -151,7 +151,7 @@ class Outcome:
 
 
 def run(people: People, *, moments: Sequence[str], enclave: Path | None = None, extra: bytes = b"") -> Outcome:
-    """The whole run, seen at `moments` and at the end.
+    """The whole run, seen at `moments` and at the end (without moments: all but the memory).
 
     `enclave` runs in the enclave's place; `extra` is one more shard, that the first party sends but does not list.
     """
@@ -174,7 +174,7 @@ def run(people: People, *, moments: Sequence[str], enclave: Path | None = None, 
                 host.at(moment)
             manifests = [future.result() for future in joined]
         _ask(host.url, people)
-        host.at_last()
+        host.at_last(memory=bool(moments))
     finally:
         host.end()
     folders = [run_folder(party, m.run) for party, m in zip(people.parties, manifests, strict=True)]

@@ -42,11 +42,13 @@ class Shard:
     records: list[bytes]
     salts: list[bytes]
     raw: bytes
+    listed: dict[str, Any] = field(default_factory=dict)
 
     @property
     def entry(self) -> ManifestShard:
-        """How the party lists it."""
-        return ManifestShard(shard=self.header.shard, root=self.header.root, records=self.header.records)
+        """How the party lists it: as the header says, but for `listed`."""
+        honest = ManifestShard(shard=self.header.shard, root=self.header.root, records=self.header.records)
+        return msgspec.structs.replace(honest, **self.listed)
 
     @property
     def frames_at(self) -> int:
@@ -91,9 +93,12 @@ class Member:
             )
             self.shards.append(Shard(header, part, salts, out.getvalue()))
 
-    def forge(self, schema: DataSchema, records: list[bytes], /, **header: Any) -> Shard:
-        """A shard by a modified client: any records, any header, yet signed and sealed as it should be."""
-        shard_id, salts = os.urandom(16).hex(), [os.urandom(SALT_BYTES) for _ in records]
+    def forge(self, schema: DataSchema, records: list[bytes], /, *, place: str | None = None, **header: Any) -> Shard:
+        """A shard by a modified client: any records, any header, yet signed and sealed as it should be.
+
+        `place` is the shard id in the commitments.
+        """
+        shard_id, salts = place or os.urandom(16).hex(), [os.urandom(SALT_BYTES) for _ in records]
         leaves = [
             commit(RecordRef(self.name, shard_id, leaf), salt=salt, record=record)
             for leaf, (salt, record) in enumerate(zip(salts, records, strict=True))

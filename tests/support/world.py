@@ -222,7 +222,7 @@ class World:
         """All parties' shards into the host's storage, unless it has something by that name."""
         for party in self.parties.values():
             for shard in party.shards:
-                self.host.storage.setdefault(f"shards/{party.name}/{shard.header.shard}", bytearray(shard.raw))
+                self.host.storage.setdefault(f"shards/{party.name}/{shard.entry.shard}", bytearray(shard.raw))
 
     def ingest(self) -> m.Ingest:
         """The demand to ingest what the host has."""

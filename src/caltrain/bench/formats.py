@@ -95,7 +95,7 @@ class SealedShards:
 class EncryptedParquet:
     """One column of fixed-size binary in row groups of `group` rows, footer encrypted, one AES-256 key a file.
 
-    No dictionary, statistics or compression, and one thread: sealed pixels gain nothing from them. Keys `direct`
+    One thread; no dictionary, statistics or compression, from which random pixels gain nothing. Keys `direct`
     give the file's name as AAD prefix, not stored in the file; keys `kms` go through the key management interface,
     which takes no AAD. (Parquet Modular Encryption, apache/parquet-format Encryption.md.)
     """

@@ -80,7 +80,7 @@ def _text(field: object) -> str:
     match field:
         case bool():
             return "yes" if field else "no"
-        case list():
+        case list() | tuple():
             return ", ".join(_text(entry) for entry in field) or "none"
         case dict():
             return ", ".join(f"{key} {_text(entry)}" for key, entry in field.items()) or "none"

@@ -76,11 +76,11 @@ class Store:
         key is lost; half uploads go. Raises EnvironmentFault `storage.in-use` while another process has the folder.
         """
         with _disk("open storage"):
-            self._claim = (self.root / "lock").open("wb")
+            lock = os.open(self.root / "lock", os.O_WRONLY | os.O_CREAT, 0o600)
             try:
-                fcntl.flock(self._claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # held by the open descriptor, to the process's end
             except BlockingIOError:
-                self._claim.close()
+                os.close(lock)
                 raise EnvironmentFault(
                     "storage.in-use",
                     f"another host serves from {self.root}",

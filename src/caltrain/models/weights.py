@@ -45,7 +45,7 @@ def load_zone(zone: nn.Module, state: State, *, step: str) -> None:
     for name, value in state.items():
         if value.shape != own[name].shape or value.dtype != own[name].dtype:
             raise _misfit(f"{name} is {tuple(value.shape)} {value.dtype}", step)
-        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+        if not bool(torch.isfinite(value).all()):
             raise _misfit(f"{name} is not finite", step)
     with torch.no_grad():
         for name, value in own.items():

@@ -101,7 +101,7 @@ def write_shard(
 def seal_frames(header: ShardHeader, data_key: bytes, rows: Iterable[tuple[bytes, bytes]]) -> Iterator[bytes]:
     """Yield the frames of (salt, canonical record) rows in leaf order: the inverse of `open_frames`.
 
-    Once for a header: its frame key and the leaf index are the nonce's whole protection.
+    For other rows, make another header with a fresh shard id: it and the leaf index decide key and nonce.
     """
     cipher = frame_cipher(header, data_key)
     for leaf, (salt, record) in enumerate(rows):

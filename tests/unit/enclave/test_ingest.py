@@ -9,13 +9,13 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
+import torch
 
 from caltrain.boundary import messages as m
 from caltrain.enclave.ingest import lineage, unpack
 from caltrain.enclave.run import State, present
 from caltrain.enclave.session import handle
 from caltrain.errors import EnvironmentFault
-from caltrain.plan import Plan
 from caltrain.records.commitment import RecordRef
 from caltrain.records.schema import DataSchema, decode_record, encode_record
 from caltrain.records.shard import MAGIC, key_id
@@ -32,12 +32,12 @@ def raw_of(world: World, party: str, number: int) -> bytearray:
 
 
 def name_of(world: World, party: str, number: int) -> str:
-    return f"shards/{party}/{world.parties[party].shards[number].header.shard}"
+    return f"shards/{party}/{world.parties[party].shards[number].entry.shard}"
 
 
 def refused(world: World, code: str, party: str, number: int) -> None:
     """Ingest stops with this error, which names the shard; nothing was taken in and the host got no seed."""
-    shard = world.parties[party].shards[number].header.shard
+    shard = world.parties[party].shards[number].entry.shard
     assert world.refused(world.ingest(), code)["step"] == f"ingest shard {shard} of {party}"
     assert world.run.pool is None
     assert world.run.front is None
@@ -223,6 +223,22 @@ def across_shards(member: Member, schema: DataSchema) -> Shard:
     return member.forge(schema, [*member.shards[1].records, member.shards[0].records[2]])
 
 
+def listed_by_another_id(member: Member, schema: DataSchema) -> Shard:
+    """Records and root are those of the listed id, only the header has another."""
+    shard = member.forge(schema, member.shards[1].records, place="ab" * 16, shard="cd" * 16)
+    shard.listed = {"shard": "ab" * 16}
+    return shard
+
+
+def listed_as(**listed: Any) -> Forge:
+    def forge(member: Member, schema: DataSchema) -> Shard:
+        shard = member.forge(schema, member.shards[1].records)
+        shard.listed = listed
+        return shard
+
+    return forge
+
+
 CLIENT: dict[str, tuple[Forge, str]] = {
     "committed to other records": (poisoned, "ingest.other-root"),
     "a record twice in one shard": (of(lambda records: [*records, records[0]]), "ingest.duplicate-record"),
@@ -237,6 +253,10 @@ CLIENT: dict[str, tuple[Forge, str]] = {
     "another schema": (of(lambda r: r, schema="sha256:" + "0" * 64), "shard.damaged"),
     "frames of another size": (of(lambda r: r, frame_bytes=1), "shard.damaged"),
     "another data key": (of(lambda r: r, key_id=key_id(bytes(32))), "shard.damaged"),
+    "listed by another id": (listed_by_another_id, "ingest.other-shard"),
+    "listed with another root": (listed_as(root="sha256:" + "0" * 64), "ingest.other-shard"),
+    "listed with more records": (listed_as(records=5), "ingest.other-shard"),
+    "listed with fewer records": (listed_as(records=3), "ingest.other-shard"),
     "another contributor": (of(lambda r: r, contributor="alpha"), "shard.damaged"),
 }
 
@@ -370,15 +390,10 @@ def test_a_two_way_plan_has_no_headnet_inside_and_a_ternary_one_has() -> None:
 
 
 def test_the_plan_says_how_many_threads_compute() -> None:
-    import torch
-
-    def two(plan: Plan) -> Plan:
-        return msgspec.structs.replace(plan, training=msgspec.structs.replace(plan.training, threads=2))
-
-    World(change=two).run_to(State.READY)
-    assert torch.get_num_threads() == 2
-    World().run_to(State.READY)
-    assert torch.get_num_threads() == 1
+    world = World().run_to(State.AGREED)
+    torch.set_num_threads(2)
+    world.done(world.ingest())
+    assert torch.get_num_threads() == world.plan.training.threads == 1
 
 
 def test_a_lone_row_is_a_tensor_of_its_own() -> None:

@@ -29,6 +29,7 @@ from caltrain.records.shard import (
     open_header,
     read_chunks,
     read_header,
+    record_key,
     write_shard,
 )
 from support.samples import BYTES, DATA_KEY, FLOATS, SHARD, flips, quick, records, refused, salts, sealed_shard, signer
@@ -165,6 +166,12 @@ def test_nothing_is_written_of_records_that_are_refused(
 def test_a_shard_of_as_many_records_as_allowed_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shards, "MAX_SHARD_RECORDS", 4)
     assert sealed_shard(records(4))[0].records == 4
+
+
+def test_equal_records_have_one_key_of_16_bytes_and_others_have_others() -> None:
+    assert len({record_key(row) for row in (*ROWS, *ROWS)}) == 3
+    assert {len(record_key(row)) for row in ROWS} == {16}
+    assert record_key(b"record").hex() == "7cb86a755354372ba1a3ae07176a72ee"
 
 
 # -- bits, lengths, order ----------------------------------------------------------------------------------------------

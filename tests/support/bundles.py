@@ -1,0 +1,55 @@
+"""A trace bundle with its disclosures, from a whole run in this process."""
+
+from __future__ import annotations
+
+import base64
+
+import msgspec
+
+from caltrain.auditor.bundle import TraceBundle
+from caltrain.boundary import messages as m
+from caltrain.boundary.sealed import TraceStatement
+from caltrain.crypto.dsse import Envelope
+from caltrain.crypto.merkle import inclusion_proof
+from caltrain.enclave.run import State
+from caltrain.records.commitment import RecordRef
+from caltrain.records.disclosure import Disclosure
+from support.world import World, pictures
+
+
+def traced_world() -> tuple[World, TraceBundle]:
+    """A linked run, and a bundle for one trace by the user `una`, without disclosures."""
+    world = World(epochs=1).run_to(State.LINKED)
+    asked = world.question("trace", pictures(1, seed=99))
+    trace = asked.open(world.done(m.Query("una", asked.envelope)).sealed["una"]).traces[0]
+    bundle = TraceBundle(
+        plan=world.plan,
+        manifest=world.run.vault.signing.sign("run-manifest", world.manifest),
+        countersignatures={name: party.countersign(world.manifest) for name, party in world.parties.items()},
+        linked=world.statements["linked-model"],
+        trace=trace,
+        chain=tuple(world.events),
+    )
+    return world, bundle
+
+
+def statement_of(bundle: TraceBundle) -> TraceStatement:
+    """What the enclave said in the bundle's trace."""
+    return msgspec.json.decode(base64.b64decode(bundle.trace.payload), type=TraceStatement)
+
+
+def disclosed(world: World, reference: RecordRef, *, record: bytes | None = None) -> Envelope:
+    """The owner's signed disclosure of a record; with `record`, of another one in its place."""
+    party = world.parties[reference.party]
+    shard = next(s for s in party.shards if s.header.shard == reference.shard)
+    commitments = [shard.commitment(leaf) for leaf in range(len(shard.records))]
+    return party.signer.sign(
+        "disclosure",
+        Disclosure(
+            record_ref=reference,
+            records=len(shard.records),
+            salt=base64.b64encode(shard.salts[reference.leaf]).decode(),
+            record=base64.b64encode(shard.records[reference.leaf] if record is None else record).decode(),
+            proof=tuple(base64.b64encode(p).decode() for p in inclusion_proof(commitments, reference.leaf)),
+        ),
+    )

@@ -1,0 +1,194 @@
+"""`caltrain party keygen|seal|disclose|join`: what a contributor types."""
+
+from __future__ import annotations
+
+import base64
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+
+from caltrain.cli import party as commands
+from caltrain.crypto.dsse import Envelope, open_envelope
+from caltrain.participant.identity import create_identity, load_identity
+from caltrain.participant.seal import own_shards
+from caltrain.plan import Plan, parse_plan
+from caltrain.project import Project, create_project
+from caltrain.records.disclosure import Disclosure
+from caltrain.records.schema import decode_record
+from support.commands import Cli
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    create_identity(tmp_path / "ann", "ann")
+    return tmp_path / "ann"
+
+
+def test_keygen_prints_the_entry_for_the_plan_and_no_secret(tmp_path: Path, cli: Cli) -> None:
+    shown = cli("party", "keygen", "ann", "--home", tmp_path / "ann", as_json=True)
+    identity = load_identity(tmp_path / "ann")
+    assert shown.json == {"name": "ann", "public_key": identity.signer.public}
+    assert base64.b64encode(identity.data_key).decode() not in shown.out
+    assert base64.b64encode(identity.signer.private_bytes()).decode() not in shown.out
+
+
+def test_keygen_does_not_replace_keys(home: Path, cli: Cli) -> None:
+    before = load_identity(home)
+    shown = cli("party", "keygen", "ann", "--home", home, as_json=True)
+    assert (shown.code, shown.error["code"]) == (10, "identity.exists")
+    assert load_identity(home).data_key == before.data_key
+
+
+@pytest.mark.parametrize("name", ["", "Ann", "a b", "../ann", "-ann", "a" * 41, "ann\n"])
+def test_keygen_refuses_what_cannot_be_a_name(name: str, tmp_path: Path, cli: Cli) -> None:
+    shown = cli("party", "keygen", "--home", tmp_path / "x", "--format", "json", "--", name)
+    assert (shown.code, shown.error["code"]) == (10, "identity.name")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_seal_says_which_shards_hold_how_many_records(home: Path, project: Project, records: Path, cli: Cli) -> None:
+    words = ("party", "seal", "--home", home, "--plan", project.plan_path, "--data", records, "--shard-records", "8")
+    shown = cli(*words, as_json=True).json
+    assert [shard["records"] for shard in shown["shards"]] == [8, 8, 4]
+    assert (shown["party"], shown["records"], shown["dropped"]) == ("ann", 20, 0)
+    assert {s.shard for s in own_shards(load_identity(home))} == {shard["shard"] for shard in shown["shards"]}
+
+
+def spoiled(records: Path, **changes: Any) -> None:
+    with np.load(records) as archive:
+        arrays = dict(archive) | changes
+    np.savez(records, **arrays)
+
+
+@pytest.mark.parametrize(
+    ("changes", "code"),
+    [
+        ({"x_train": np.zeros((20, 8, 8), np.uint8)}, "seal.duplicate-record"),
+        ({"x_train": np.ones((20, 9, 9), np.uint8), "x_test": np.ones((1, 9, 9), np.uint8)}, "record.shape"),
+        ({"y_train": np.full(20, 10)}, "seal.unknown-class"),
+        ({"x_train": np.full((20, 8, 8), None)}, "reader.kind"),
+    ],
+)
+def test_records_that_do_not_fit_are_refused_and_nothing_is_sealed(
+    changes: dict[str, Any], code: str, home: Path, project: Project, records: Path, cli: Cli
+) -> None:
+    spoiled(records, **changes)
+    shown = cli("party", "seal", "--home", home, "--plan", project.plan_path, "--data", records, as_json=True)
+    assert shown.code == 11
+    assert shown.error["code"] == code
+    assert not list(home.glob("**/*.shard"))
+    assert not list(home.glob("**/*.part"))
+
+
+def test_copies_can_be_left_out(home: Path, project: Project, records: Path, cli: Cli) -> None:
+    images = np.zeros((20, 8, 8), np.uint8)
+    images[0] = 1
+    spoiled(records, x_train=images, y_train=np.zeros(20, np.int64))
+    words = ("party", "seal", "--home", home, "--plan", project.plan_path, "--data", records, "--drop-duplicates")
+    shown = cli(*words, as_json=True).json
+    assert (shown["records"], shown["dropped"]) == (2, 18)
+
+
+@pytest.fixture
+def sealed(home: Path, project: Project, records: Path, cli: Cli) -> str:
+    words = ("party", "seal", "--home", home, "--plan", project.plan_path, "--data", records)
+    shard: str = cli(*words, as_json=True).json["shards"][0]["shard"]
+    return shard
+
+
+def test_disclose_writes_the_signed_records(
+    sealed: str, home: Path, project: Project, records: Path, tmp_path: Path, cli: Cli
+) -> None:
+    out = tmp_path / "disclosures.json"
+    asked = ("--record", f"{sealed}:3", "--record", f"{sealed}:19")
+    words = ("party", "disclose", "--home", home, "--plan", project.plan_path, *asked, "--out", out)
+    assert cli(*words, as_json=True).json == {"party": "ann", "disclosed": 2, "file": str(out)}
+    key = load_identity(home).signer.public
+    envelopes = msgspec.json.decode(out.read_bytes(), type=list[Envelope])
+    with np.load(records) as archive:
+        for envelope, row in zip(envelopes, (3, 19), strict=True):
+            disclosure = open_envelope(envelope, "disclosure", key, Disclosure, step="test")
+            assert (disclosure.record_ref.shard, disclosure.record_ref.leaf) == (sealed, row)
+            pixels, label = decode_record(project.plan.data, base64.b64decode(disclosure.record))
+            assert (pixels[0] == archive["x_train"][row]).all()
+            assert label == archive["y_train"][row]
+
+
+@pytest.mark.parametrize(
+    ("record", "code"),
+    [
+        ("{shard}:20", "disclose.no-such-record"),
+        ("00112233445566778899aabbccddeeff:0", "disclose.no-such-record"),
+        ("../{shard}:0", "disclose.no-such-record"),
+        ("{shard}", "disclose.reference"),
+        ("{shard}:x", "disclose.reference"),
+        ("{shard}:-1", "disclose.reference"),
+        ("{shard}:²", "disclose.reference"),
+    ],
+)
+def test_a_record_that_is_not_ours_is_not_disclosed(
+    record: str, code: str, sealed: str, home: Path, project: Project, cli: Cli
+) -> None:
+    out = home / "disclosures.json"
+    asked = ("--record", f"{sealed}:0", "--record", record.format(shard=sealed))
+    words = ("party", "disclose", "--home", home, "--plan", project.plan_path, *asked, "--out", out)
+    shown = cli(*words, as_json=True)
+    assert (shown.code, shown.error["code"]) == (17, code)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("what", ["party", "join"])
+def test_a_folder_without_keys_is_refused(what: str, project: Project, tmp_path: Path, cli: Cli) -> None:
+    plan = ("--plan", project.plan_path)
+    words: tuple[str | Path, ...] = ("party", "join", "http://127.0.0.1:1", *plan, "--policy", project.policy_path)
+    if what == "party":
+        words = ("party", "disclose", *plan, "--record", "x:1", "--out", tmp_path / "out")
+    shown = cli(*words, "--home", tmp_path / "nobody", as_json=True)
+    assert shown.code == 10
+    assert shown.error["code"].startswith("identity.")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_join_without_records_or_without_a_host_is_a_named_error(tmp_path: Path, records: Path, cli: Cli) -> None:
+    own = create_project(tmp_path / "project", preset="digits", parties=["ann"], users=[])
+    plan, home = ("--plan", own.plan_path), ("--home", own.parties["ann"].folder)
+    words = ("party", "join", "http://127.0.0.1:1", *plan, *home, "--policy", own.policy_path)
+    shown = cli(*words, as_json=True)
+    assert (shown.code, shown.error["code"]) == (11, "seal.nothing")
+    assert cli("party", "seal", *home, *plan, "--data", records).code == 0
+    shown = cli(*words, as_json=True)
+    assert (shown.code, shown.error["code"]) == (18, "host.unreachable")
+
+
+@pytest.mark.parametrize(("simulated", "named"), [(True, 1), (False, 0)])
+def test_join_says_that_the_enclave_is_simulated(
+    simulated: bool, named: int, project: Project, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Manifest:
+        run = "ab" * 16
+
+    Manifest.simulated = simulated  # type: ignore[attr-defined]
+    given: dict[str, Any] = {}
+
+    def joined(_host: object, plan: Plan, *_: object, **options: Any) -> type[Manifest]:
+        given.update(options, plan=plan)
+        options["on_step"]("approved")
+        return Manifest
+
+    monkeypatch.setattr(commands, "join_run", joined)
+    home = project.parties["alder"].folder
+    words = ("party", "join", "http://127.0.0.1:1", "--plan", project.plan_path, "--policy", project.policy_path)
+    shown = cli(*words, "--home", home, "--timeout", "7", "--allow-second-manifest")
+    assert shown.out.count("simulated enclave") == named
+    assert "alder: approved" in shown.out
+    assert given["plan"] == parse_plan(project.plan_path.read_bytes())
+    assert (given["seconds"], given["allow_second_manifest"]) == (7, True)
+    assert cli(*words, "--home", home, as_json=True).json == {
+        "party": "alder",
+        "run": "ab" * 16,
+        "folder": str(home / "runs" / ("ab" * 16)),
+        "simulated": simulated,
+    }

@@ -1,0 +1,388 @@
+"""`caltrain predict`, `trace` and `verify`."""
+
+from __future__ import annotations
+
+import base64
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+import torch
+
+from caltrain.attestation.verify import Claims
+from caltrain.auditor.bundle import TraceBundle
+from caltrain.boundary.sealed import Answers, Neighbour, TraceStatement
+from caltrain.cli import files, query
+from caltrain.client.ask import Answered
+from caltrain.crypto.hpke import HpkePrivateKey
+from caltrain.models.network import build
+from caltrain.models.weights import encode_state, model_digest
+from caltrain.participant.receive import RunRecord
+from caltrain.plan import ManifestParty, ManifestShard, Plan, RunManifest
+from caltrain.project import Project
+from caltrain.records.commitment import RecordRef
+from caltrain.records.disclosure import Disclosure
+from support.bundles import disclosed, statement_of, traced_world
+from support.commands import Cli
+from support.samples import SHARD, signer
+from support.world import World
+
+INPUTS = np.arange(3 * 64, dtype=np.uint8).reshape(3, 1, 8, 8)
+RUN, DIGEST = "ab" * 16, "sha256:" + "0" * 64
+SHARD_ENTRY = ManifestShard(shard=SHARD, root=DIGEST, records=20)
+
+
+@pytest.fixture
+def inputs(tmp_path: Path) -> Path:
+    np.save(tmp_path / "inputs.npy", INPUTS)
+    return tmp_path / "inputs.npy"
+
+
+# --- predict with a joined model ------------------------------------------------------------------------------------
+
+
+def joined(folder: Path, plan: Plan, *, simulated: bool = True) -> Path:
+    """A party's run folder with a model of random weights."""
+    torch.manual_seed(0)
+    model = build(plan.model, input_shape=plan.data.shape)
+    manifest = RunManifest(
+        run=RUN,
+        plan=plan.digest(),
+        evidence_kind="simulated",
+        simulated=simulated,
+        measurement=plan.enclave.measurement,
+        enclave_encryption_key=HpkePrivateKey().public,
+        enclave_signing_key=signer("enclave").public,
+        parties=(ManifestParty(name="alder", key_id=DIGEST, shards=(SHARD_ENTRY,)),),
+    )
+    state = model.state_dict()
+    record = RunRecord(
+        manifest=manifest,
+        model=model_digest(plan.model, state),
+        linked=signer("enclave").sign("linked-model", manifest),
+        head=DIGEST,
+    )
+    folder.mkdir()
+    (folder / "plan.json").write_bytes(msgspec.json.encode(plan))
+    (folder / "run.json").write_bytes(msgspec.json.encode(record))
+    (folder / "model.safetensors").write_bytes(encode_state(state))
+    return folder
+
+
+@pytest.mark.parametrize(("simulated", "named"), [(True, 1), (False, 0)])
+def test_predict_with_a_joined_model(
+    simulated: bool, named: int, project: Project, inputs: Path, tmp_path: Path, cli: Cli
+) -> None:
+    folder = joined(tmp_path / "run", project.plan, simulated=simulated)
+    shown = cli("predict", inputs, "--model", folder, as_json=True)
+    assert shown.code == 0
+    found = shown.json
+    assert set(found) == {"predicted", "probability", "simulated"}
+    assert len(found["predicted"]) == len(found["probability"]) == 3
+    assert set(found["predicted"]) <= set(project.plan.data.classes)
+    assert all(0.1 <= p <= 1 for p in found["probability"])
+    assert found["simulated"] is simulated
+    assert cli("predict", inputs, "--model", folder).out.count("simulated enclave") == named
+
+
+def test_one_input_needs_no_batch(project: Project, inputs: Path, tmp_path: Path, cli: Cli) -> None:
+    folder, one = joined(tmp_path / "run", project.plan), tmp_path / "one.npy"
+    np.save(one, INPUTS[1])
+    both = [cli("predict", path, "--model", folder, as_json=True).json["predicted"] for path in (inputs, one)]
+    assert both[1] == both[0][1:2]
+
+
+def test_a_folder_without_a_model_is_refused(inputs: Path, tmp_path: Path, cli: Cli) -> None:
+    shown = cli("predict", inputs, "--model", tmp_path, as_json=True)
+    assert (shown.code, shown.error["code"]) == (10, "model.unreadable")
+
+
+# --- inputs ---------------------------------------------------------------------------------------------------------
+
+
+def npy(header: bytes, data: bytes = b"") -> bytes:
+    """A .npy file with any header."""
+    return b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + data
+
+
+def header(shape: str, descr: str = "'|u1'") -> bytes:
+    return f"{{'descr': {descr}, 'fortran_order': False, 'shape': {shape}, }}".encode()
+
+
+def pickled(path: Path) -> None:
+    np.save(path, np.array([Bomb()], dtype=object), allow_pickle=True)
+
+
+def archive(path: Path) -> None:
+    with path.open("wb") as file:
+        np.savez(file, x=INPUTS)
+
+
+def zipped(path: Path) -> None:
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr("x.npy", b"")
+
+
+class Bomb:
+    """Whoever unpickles this is heard."""
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        return (Path.touch, (Path("exploded"),))
+
+
+BAD_FILES: dict[str, bytes | Callable[[Path], None]] = {
+    "absent": lambda _: None,
+    "empty": b"",
+    "pickled objects": pickled,
+    "an archive": archive,
+    "a zip": zipped,
+    "no array": b"hello",
+    "cut short": npy(header("(3, 1, 8, 8)"), b"\0" * 191),
+    "announces a terabyte": npy(header("(1000000000000,)"), b"\0" * 64),
+    "announces more than there are numbers for": npy(header("(" + "9" * 40 + ",)")),
+    "a negative size": npy(header("(-3, 8, 8)"), b"\0" * 64),
+    "a header of nonsense": npy(b"{'descr':"),
+    "a header that nests": npy(b"(" * 3000),
+    "an unhashable key": npy(b"{[]: 1}"),
+    "a header of 60 kB": npy(header("(3, 1, 8, 8)") + b" " * 60_000, b"\0" * 192),
+    "Python 2 numbers": npy(header("(3L, 1L, 8L, 8L)"), b"\0" * 192),
+}
+
+
+@pytest.mark.parametrize("what", BAD_FILES)
+def test_a_file_that_is_no_plain_array_is_refused(
+    what: str, project: Project, tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder, path, content = joined(tmp_path / "run", project.plan), tmp_path / "bad.npy", BAD_FILES[what]
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        content(path)
+    shown = cli("predict", path, "--model", folder, as_json=True)
+    assert (shown.code, shown.error["code"]) == (11, "input.unreadable")
+    assert "u8" in shown.error["fix"]
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_the_bomb_would_explode(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    pickled(tmp_path / "bad.npy")
+    np.load(tmp_path / "bad.npy", allow_pickle=True)
+    assert (tmp_path / "exploded").exists()
+
+
+def test_a_file_over_the_limit_is_not_read(
+    project: Project, inputs: Path, tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "MAX_INPUT_BYTES", inputs.stat().st_size - 1)
+    shown = cli("predict", inputs, "--model", joined(tmp_path / "run", project.plan), as_json=True)
+    assert (shown.code, shown.error["code"]) == (11, "input.unreadable")
+
+
+@pytest.mark.parametrize("array", [INPUTS[:, :, :7], INPUTS.astype(np.float32), INPUTS[0, 0], INPUTS[:, 0, 0, 0]])
+def test_inputs_of_another_shape_or_type_are_refused(
+    array: np.ndarray[Any, Any], project: Project, tmp_path: Path, cli: Cli
+) -> None:
+    np.save(tmp_path / "inputs.npy", array)
+    folder = joined(tmp_path / "run", project.plan)
+    shown = cli("predict", tmp_path / "inputs.npy", "--model", folder, as_json=True)
+    assert (shown.code, shown.error["code"]) == (11, "predict.shape")
+
+
+# --- questions to an enclave ----------------------------------------------------------------------------------------
+
+EVIDENCE_OPTIONS = ("--url", "--home", "--plan", "--policy")
+
+
+def asking(project: Project, *, leave_out: str = "") -> list[str | Path]:
+    """The options that every question needs, without one of them."""
+    user = project.users["analyst"].folder
+    values: tuple[str | Path, ...] = ("http://127.0.0.1:1", user, project.plan_path, project.policy_path)
+    words: list[str | Path] = []
+    for option, value in zip(EVIDENCE_OPTIONS, values, strict=True):
+        words += [option, value] if option != leave_out else []
+    return words
+
+
+@pytest.mark.parametrize("leave_out", EVIDENCE_OPTIONS)
+def test_a_question_needs_host_keys_plan_and_policy(leave_out: str, project: Project, inputs: Path, cli: Cli) -> None:
+    shown = cli("predict", inputs, *asking(project, leave_out=leave_out), as_json=True)
+    assert (shown.code, shown.error["code"]) == (10, "option.missing")
+
+
+def test_a_question_without_a_host_is_a_named_error(project: Project, inputs: Path, cli: Cli) -> None:
+    for command in ("predict", "trace"):
+        shown = cli(command, inputs, *asking(project), as_json=True)
+        assert (shown.code, shown.error["code"]) == (18, "host.unreachable")
+
+
+def answered(kind: str, count: int, *, simulated: bool = True) -> Answered:
+    """What a verified answer looks like."""
+    statements = tuple(
+        TraceStatement(
+            run=RUN,
+            model=DIGEST,
+            user="analyst",
+            nonce="0" * 64,
+            index=index,
+            input_commitment=DIGEST,
+            predicted=7,
+            neighbours=(Neighbour(rank=1, record=RecordRef("birch", SHARD, index), distance=0.25, commitment=DIGEST),),
+            center_audited=False,
+            simulated=simulated,
+        )
+        for index in range(count if kind == "trace" else 0)
+    )
+    scores = tuple((0.0,) * 7 + (0.9, 0.1, 0.0) for _ in range(count))
+    return Answered(
+        claims=Claims(kind="simulated", simulated=simulated, measurement="", report_data=b""),
+        answers=Answers(model=DIGEST, predicted=(7,) * count, scores=scores, budget_left=5),
+        traces=statements,
+        envelopes=tuple(signer("enclave").sign("trace", statement) for statement in statements),
+    )
+
+
+@pytest.fixture
+def enclave(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Answers every question; keeps what was asked. `simulated` can be changed."""
+    asked: dict[str, Any] = {"simulated": True}
+
+    def ask(_host: object, plan: Plan, _policy: object, **options: Any) -> Answered:
+        asked.update(options, plan=plan)
+        return answered(options["kind"], len(options["inputs"]), simulated=asked["simulated"])
+
+    monkeypatch.setattr(query, "ask", ask)
+    return asked
+
+
+@pytest.mark.parametrize(("simulated", "named"), [(True, 1), (False, 0)])
+def test_predict_asks_the_enclave(
+    simulated: bool, named: int, project: Project, inputs: Path, enclave: dict[str, Any], cli: Cli
+) -> None:
+    enclave["simulated"] = simulated
+    shown = cli("predict", inputs, *asking(project), as_json=True)
+    assert shown.json == {"predicted": ["7"] * 3, "probability": [0.9] * 3, "simulated": simulated}
+    assert (enclave["kind"], enclave["user"], enclave["plan"]) == ("predict", "analyst", project.plan)
+    assert (enclave["inputs"] == INPUTS).all()
+    assert cli("predict", inputs, *asking(project)).out.count("simulated enclave") == named
+
+
+@pytest.mark.parametrize(("simulated", "named"), [(True, 1), (False, 0)])
+def test_trace_names_the_records_behind_a_prediction(
+    simulated: bool, named: int, project: Project, tmp_path: Path, enclave: dict[str, Any], cli: Cli
+) -> None:
+    enclave["simulated"] = simulated
+    np.save(tmp_path / "inputs.npy", np.concatenate([INPUTS, INPUTS]))
+    found = cli("trace", tmp_path / "inputs.npy", *asking(project), as_json=True).json
+    assert (found["traced"], found["budget_left"], found["model"]) == (6, 5, DIGEST)
+    assert found["simulated"] is simulated
+    assert [trace["neighbours"][0]["record"]["leaf"] for trace in found["traces"]] == [*range(6)]
+    text = cli("trace", tmp_path / "inputs.npy", *asking(project)).out
+    assert text.count("simulated enclave") == named
+    assert f"1. birch --record {SHARD}:2 distance 0.25" in text
+    assert f"{SHARD}:3" not in text
+    assert "the first 3 of 6; --out keeps all" in text
+
+
+def test_traces_are_kept_before_anything_else_can_fail(
+    project: Project, inputs: Path, tmp_path: Path, enclave: dict[str, Any], cli: Cli
+) -> None:
+    shown = cli("trace", inputs, *asking(project), "--out", tmp_path / "out", as_json=True)
+    assert (shown.code, shown.error["code"]) == (18, "host.unreachable")  # the bundles' other parts are the host's
+    kept = msgspec.json.decode((tmp_path / "out" / "traces.json").read_bytes(), type=list[TraceStatement])
+    assert [trace.index for trace in kept] == [0, 1, 2]
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["traces.json"]
+    assert enclave["kind"] == "trace"
+
+
+# --- verify ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def traced() -> tuple[World, TraceBundle]:
+    return traced_world()
+
+
+@pytest.fixture
+def bundle(traced: tuple[World, TraceBundle], tmp_path: Path) -> Path:
+    (tmp_path / "bundle.json").write_bytes(msgspec.json.encode(traced[1]))
+    return tmp_path / "bundle.json"
+
+
+def test_verify_says_what_a_bundle_proves(traced: tuple[World, TraceBundle], bundle: Path, cli: Cli) -> None:
+    world, found = traced
+    trace, head = statement_of(found), world.chain()[-1].digest()
+    shown = cli("verify", bundle, "--plan-digest", world.plan.digest(), "--head", head, as_json=True)
+    assert shown.code == 0
+    assert shown.json == {
+        "verified": True,
+        "run": world.run.vault.run,
+        "model": world.run.model_digest,
+        "predicted": world.plan.data.classes[trace.predicted],
+        "neighbours": [f"{n.rank}: {n.record.party}" for n in trace.neighbours],
+        "disclosed": 0,
+        "undisclosed": len(trace.neighbours),
+        "events": len(found.chain),
+        "head": head,
+        "simulated": True,
+        "center_audited": False,
+    }
+    text = cli("verify", bundle, "--plan-digest", world.plan.digest()).out
+    assert text.count("simulated enclave") == 1
+    assert text.count("center not audited") == 1
+
+
+def test_verify_counts_what_was_disclosed(
+    traced: tuple[World, TraceBundle], bundle: Path, tmp_path: Path, cli: Cli
+) -> None:
+    world, found = traced
+    words: list[str | Path] = []
+    for number, neighbour in enumerate(statement_of(found).neighbours):
+        path = tmp_path / f"{number}.json"
+        path.write_bytes(msgspec.json.encode([disclosed(world, neighbour.record)]))
+        words += ["--disclosures", path]
+    shown = cli("verify", bundle, "--plan-digest", world.plan.digest(), *words[:4], as_json=True).json
+    assert (shown["disclosed"], shown["undisclosed"]) == (2, len(statement_of(found).neighbours) - 2)
+    shown = cli("verify", bundle, "--plan-digest", world.plan.digest(), *words, as_json=True).json
+    assert shown["undisclosed"] == 0
+
+
+def test_verify_refuses_a_substituted_record(
+    traced: tuple[World, TraceBundle], bundle: Path, tmp_path: Path, cli: Cli
+) -> None:
+    world, found = traced
+    reference, path = statement_of(found).neighbours[0].record, tmp_path / "disclosures.json"
+    honest = msgspec.json.decode(base64.b64decode(disclosed(world, reference).payload), type=Disclosure)
+    forged = bytearray(base64.b64decode(honest.record))
+    forged[-1] ^= 1
+    path.write_bytes(msgspec.json.encode([disclosed(world, reference, record=bytes(forged))]))
+    shown = cli("verify", bundle, "--plan-digest", world.plan.digest(), "--disclosures", path, as_json=True)
+    assert (shown.code, shown.error["code"]) == (17, "disclosure.substituted")
+
+
+def test_verify_refuses_another_plan_and_another_head(
+    traced: tuple[World, TraceBundle], bundle: Path, cli: Cli
+) -> None:
+    shown = cli("verify", bundle, "--plan-digest", DIGEST, as_json=True)
+    assert (shown.code, shown.error["code"]) == (17, "bundle.other-plan")
+    words = ("verify", bundle, "--plan-digest", traced[0].plan.digest(), "--head", DIGEST)
+    assert cli(*words, as_json=True).code == 17
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"{}", b'[{"payload":1}]', b"[" * 100_000, b"\xff"])
+def test_files_that_are_no_bundle_and_no_disclosures_are_refused(
+    content: bytes, traced: tuple[World, TraceBundle], bundle: Path, tmp_path: Path, cli: Cli
+) -> None:
+    bad = tmp_path / "bad.json"
+    bad.write_bytes(content)
+    shown = cli("verify", bad, "--plan-digest", DIGEST, as_json=True)
+    assert (shown.code, shown.error["code"]) == (12, "bundle.malformed")
+    if content != b"[]":
+        words = ("verify", bundle, "--plan-digest", traced[0].plan.digest(), "--disclosures", bad)
+        shown = cli(*words, as_json=True)
+        assert (shown.code, shown.error["code"]) == (12, "disclosure.unreadable")
