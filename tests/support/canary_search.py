@@ -226,4 +226,4 @@ def _inflate(view: memoryview, window: int) -> bytes:
 
 def decimals(data: bytes | memoryview) -> bytes:
     """The decimal numbers in a text as bytes, however it separates them: what `print(pixels)` leaves."""
-    return bytes(min(int(match.group()[:2]), 255) for match in _NUMBER.finditer(memoryview(data)))
+    return bytes(min(int(match.group()[:4]), 255) for match in _NUMBER.finditer(memoryview(data)))

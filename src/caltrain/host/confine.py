@@ -22,6 +22,8 @@ from caltrain.errors import ConfigError
 _MAX_THREADS: Final = 1024
 _PROBE_SECONDS: Final = 20
 
+# Waiting threads sleep instead of spinning: enclave and CenterNet compute in turn on the same cores.
+QUIET_THREADS: Final = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0", "KMP_BLOCKTIME": "0"}
 _OPTIONS: Final = (
     *("--unshare-all", "--die-with-parent", "--new-session", "--cap-drop", "ALL", "--hostname", "enclave"),
     *("--clearenv", "--proc", "/proc", "--dev", "/dev", "--tmpfs", "/tmp", "--chdir", "/"),  # noqa: S108  # its own, in memory
@@ -41,7 +43,6 @@ class Confinement(msgspec.Struct, frozen=True):
 def enclave_environment(threads: int) -> dict[str, str]:
     """The whole environment of an enclave that computes with `threads` threads; nothing is inherited.
 
-    Waiting threads sleep instead of spinning: the CenterNet computes on the same cores while the enclave waits.
     OpenBLAS, which torch does not use, must not start threads at import, or the enclave cannot lock itself.
     Raises ConfigError `confine.thread-count`.
     """
@@ -54,9 +55,7 @@ def enclave_environment(threads: int) -> dict[str, str]:
         )
     return {
         "OMP_NUM_THREADS": str(threads),
-        "OMP_WAIT_POLICY": "PASSIVE",
-        "GOMP_SPINCOUNT": "0",
-        "KMP_BLOCKTIME": "0",
+        **QUIET_THREADS,
         "OPENBLAS_NUM_THREADS": "1",
         "LC_ALL": "C.UTF-8",
     }

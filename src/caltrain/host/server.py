@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import socket
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from caltrain.crypto.dsse import SigningKey
 from caltrain.errors import EnvironmentFault
 from caltrain.host.api import create_app
 from caltrain.host.conductor import Conductor
+from caltrain.host.confine import QUIET_THREADS
 from caltrain.host.store import Store
 from caltrain.plan import Plan
 
@@ -42,6 +44,7 @@ def serve(plan: Plan, *, folder: Path, sock: socket.socket, root: SigningKey, au
 
     Then raises that signal again. Raises EnvironmentFault for a folder that cannot be used.
     """
+    os.environ.update(QUIET_THREADS)  # read when torch is loaded, which is later
     store = Store(folder)
     store.renew()
     conductor = Conductor(plan, store, root_secret=root.private_bytes(), auto_start=auto_start)

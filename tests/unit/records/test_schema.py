@@ -14,7 +14,8 @@ from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
 
 from caltrain.errors import DataError
-from caltrain.records.schema import MAX_RECORD_BYTES, DataSchema, check_schema, decode_record, encode_record
+from caltrain.records import schema as schemas
+from caltrain.records.schema import DataSchema, check_schema, decode_record, encode_record
 from support.samples import BYTES, FLOATS, flips, quick, refused
 
 U8: NDArray[np.uint8] = np.arange(6, dtype=np.uint8).reshape(1, 2, 3)
@@ -187,14 +188,12 @@ def test_a_schema_that_cannot_describe_records_is_refused(changes: dict[str, Any
         check_schema(schema(**changes))
 
 
-def test_the_largest_record_is_accepted_and_one_byte_more_is_not() -> None:
-    head = schema().record_bytes - 60
-    largest = MAX_RECORD_BYTES - head  # 2 * 2097141 = 2 * 3 * 699047, so other factors are looked for
-    width = next(w for w in range(4096, 0, -1) if largest % w == 0 and largest // w <= 4096 * 4096)
-    height = next(h for h in range(4096, 0, -1) if (largest // width) % h == 0)
-    fits = DataSchema(shape=(largest // width // height, height, width), classes=("a", "b"))
-    assert fits.record_bytes == MAX_RECORD_BYTES
-    check_schema(fits)
+def test_the_largest_record_is_accepted_and_one_byte_more_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(schemas, "MAX_RECORD_BYTES", schema().record_bytes)
+    check_schema(schema())
+    monkeypatch.setattr(schemas, "MAX_RECORD_BYTES", schema().record_bytes - 1)
+    with refused(DataError, "schema.too-large"):
+        check_schema(schema())
 
 
 MALFORMED: dict[str, dict[str, Any]] = {
