@@ -123,7 +123,7 @@ class HostClient:
         while True:
             try:
                 status, body = self._once(method, path, limit, options)
-            except httpx.TransportError as error:
+            except (httpx.TransportError, UnicodeError) as error:  # UnicodeError: a host name that cannot be one
                 raise EnvironmentFault(
                     "host.unreachable",
                     f"no answer from the host: {type(error).__name__}: {error}",

@@ -43,7 +43,7 @@ def _readings(hay: Haystack) -> Iterator[tuple[str, bytes]]:
     yield "as it is", hay.data
     # Whoever deflates without a head leaves nothing to look for; at the beginning of a file it is tried.
     unpacked = inflated(hay.data, raw=hay.place in {"disk", "log"})
-    if False:
+    if unpacked:
         yield "inflated", unpacked
     if hay.place in {"disk", "log"}:
         yield "decimals", decimals(hay.data)

@@ -82,8 +82,9 @@ class Index:
         self.needles = [needle for needle in needles if len(needle.data) >= max(needle.least, 8)]
         self._ends = np.cumsum([0, *(len(needle.data) for needle in self.needles)], dtype=np.int64)[1:]
         self._buffer = np.frombuffer(b"".join(needle.data for needle in self.needles), np.uint8)
-        starts = self._window_starts(variety)
-        keys: Words = np.ndarray(max(len(self._buffer) - 7, 0), "<u8", self._buffer.data, strides=(1,))[starts]
+        count = max(len(self._buffer) - 7, 0)
+        starts = np.flatnonzero(_distinct(self._buffer, count) >= variety)
+        keys: Words = np.ndarray(count, "<u8", self._buffer.data, strides=(1,))[starts]
         order = np.argsort(keys)
         self._keys, self._starts = keys[order], starts[order]
         self._never = ~np.bitwise_or.reduce(keys, initial=np.uint64(0))  # bits that no window has
@@ -91,13 +92,6 @@ class Index:
         table = np.zeros(1 << table_bits, bool)
         table[_hash(keys, table_bits)] = True
         self._table = np.packbits(table, bitorder="little")
-
-    def _window_starts(self, variety: int) -> NDArray[np.int64]:
-        count = max(len(self._buffer) - 7, 0)
-        whole = np.ones(count, bool)
-        for last in range(1, 8):  # a window that begins here would reach into the next needle
-            whole[(self._ends - last)[self._ends - last < count]] = False
-        return np.flatnonzero(whole & (_distinct(self._buffer, count) >= variety))
 
     def search(self, data: bytes | memoryview) -> list[Hit]:
         """Where the needles are in `data`, each needle once."""

@@ -189,9 +189,11 @@ class World:
             State.TRAINED: self.release,
             State.RELEASED: self.link,
         }
-        while self.run.state is not state:
+        for _ in range(20):
+            if self.run.state is state:
+                return self
             steps[self.run.state]()
-        return self
+        raise AssertionError(f"the run is still {self.run.state}")
 
     def configure(self) -> m.Configure:
         """The plan with every approval."""

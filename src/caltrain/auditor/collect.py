@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import msgspec
 
-from caltrain.auditor.bundle import TraceBundle
+from caltrain.auditor.bundle import MAX_BUNDLE_BYTES, TraceBundle
 from caltrain.crypto.dsse import MAX_ENVELOPE_BYTES, Envelope, envelope_from_json
 from caltrain.host_client import HostClient
 from caltrain.plan import Plan
@@ -17,8 +17,8 @@ _STEP = "collect bundle"
 def collect_bundle(
     host: HostClient, plan: Plan, trace: Envelope, *, disclosures: Sequence[Envelope] = ()
 ) -> TraceBundle:
-    """A bundle for one trace, from the run's public artifacts."""
-    chain = host.artifact("chain.jsonl").splitlines()
+    """A bundle for one trace, from the run's public artifacts. Raises IntegrityError, or the host's error."""
+    chain = host.artifact("chain.jsonl", limit=MAX_BUNDLE_BYTES).splitlines()
     return TraceBundle(
         plan=plan,
         manifest=host.get("/v1/manifest", Envelope),

@@ -11,6 +11,8 @@ from types import FrameType
 
 __all__ = ["main"]
 
+_INTERRUPTED = 130
+
 
 def _terminate(_signal: int, _frame: FrameType | None) -> None:
     # These end like Ctrl-C, so that `finally` blocks run and no process is left behind.
@@ -27,6 +29,7 @@ def main() -> None:
 
         code = run(sys.argv[1:])
     except KeyboardInterrupt:
+        code = _INTERRUPTED
+    if code == _INTERRUPTED:
         sys.stderr.write("interrupted\n")
-        code = 130
     sys.exit(code)

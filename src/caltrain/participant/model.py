@@ -11,9 +11,9 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from caltrain.errors import ConfigError, DataError
+from caltrain.errors import UNDECODABLE, ConfigError, DataError, IntegrityError
 from caltrain.models.network import build, features_and_logits, lay_out
-from caltrain.models.weights import decode_state, load_zone
+from caltrain.models.weights import decode_state, load_zone, model_digest
 from caltrain.participant.receive import RunRecord
 from caltrain.plan import Plan, plan_from_json
 from caltrain.training.batches import normalise
@@ -57,20 +57,31 @@ def predict(module: nn.Sequential, plan: Plan, images: NDArray[np.generic]) -> N
 
 
 def load_model(folder: Path) -> JoinedModel:
-    """Read a run folder of a party. Raises ConfigError `model.unreadable`, IntegrityError for bad weights."""
+    """Read a run folder of a party.
+
+    Raises ConfigError `model.unreadable`, IntegrityError `model.other-digest` or for bad weights.
+    """
     try:
         plan = plan_from_json((folder / "plan.json").read_bytes())
         record = msgspec.json.decode((folder / "run.json").read_bytes(), type=RunRecord)
         raw = (folder / "model.safetensors").read_bytes()
-    except (OSError, msgspec.MsgspecError) as error:
+    except (OSError, *UNDECODABLE) as error:
         raise ConfigError(
             "model.unreadable",
             f"{folder} does not hold a joined model: {error}",
             step=_STEP,
             fix="Give the folder that `caltrain party join` wrote under runs/.",
         ) from None
+    state = decode_state(raw, step=_STEP)
+    if model_digest(plan.model, state) != record.model:
+        raise IntegrityError(
+            "model.other-digest",
+            f"the weights in {folder} are not those of {record.model}",
+            step=_STEP,
+            fix="Receive the model again: the file was changed after it was verified.",
+        )
     module = build(plan.model, input_shape=plan.data.shape)
-    load_zone(module, decode_state(raw, step=_STEP), step=_STEP)
+    load_zone(module, state, step=_STEP)
     lay_out(module, channels_last=plan.training.channels_last)
     module.eval()
     return JoinedModel(plan, record, module)

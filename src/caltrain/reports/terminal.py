@@ -25,7 +25,7 @@ def plain(text: str) -> Text:
 def simulated_note() -> Text:
     """What every screen says that rests on a simulated enclave."""
     return Text.assemble(
-        ("simulated enclave", "bold yellow"), ": its operator can read everything; nothing here is confidential."
+        ("simulated enclave", "bold yellow"), ": its operator can read everything; nothing is confidential."
     )
 
 

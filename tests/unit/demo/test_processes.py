@@ -105,13 +105,16 @@ def test_nothing_is_left_when_the_block_ends(program: str, tmp_path: Path, monke
 
 
 def test_nothing_is_left_when_the_block_fails(tmp_path: Path) -> None:
-    def fail(found: Crew) -> None:
-        found.run_all({"bad": (FAILS,)})
-
     pids: list[int] = []
-    with pytest.raises(DataError), crew(tmp_path) as found:
-        pids.append(pid(found.start("sleeps", SLEEPS)))
-        fail(found)
+
+    def fail() -> None:
+        with crew(tmp_path) as found:
+            pids.append(pid(found.start("sleeps", SLEEPS)))
+            found.run_all({"bad": (FAILS,)})
+
+    with pytest.raises(DataError):
+        fail()
+    assert len(pids) == 1
     assert not alive(pids[0])
 
 

@@ -214,6 +214,7 @@ A = torch.tensor([[1.0, -0.0], [0.5, 3.0]])
 VARIANTS: dict[str, tuple[ModelSpec, State]] = {
     "the model": (SPEC, small()),
     "another name": (SPEC, {("d" if k == "a" else k): v for k, v in small().items()}),
+    "another name at the same place": (SPEC, {("aa" if k == "a" else k): v for k, v in small().items()}),
     "names exchanged": (SPEC, {{"a": "c", "c": "a"}.get(k, k): v for k, v in small().items()}),
     "another shape": (SPEC, small() | {"a": A.reshape(4)}),
     "another shape of the same rank": (SPEC, small() | {"a": A.reshape(1, 4)}),

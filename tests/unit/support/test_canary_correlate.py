@@ -96,7 +96,8 @@ def test_noise_and_another_record_are_not_found() -> None:
 def test_what_has_too_few_pixels_or_no_channels_or_another_role_is_not_judged() -> None:
     small = torch.rand((3, 64, 3, 5), generator=DRAWS)
     vectors = torch.rand((3, 64), generator=DRAWS)
-    for stream in (sent(small), sent(vectors), sent(NOISE, role="loss")):
+    lines = torch.rand((3, 8, 36), generator=DRAWS)
+    for stream in (sent(small), sent(vectors), sent(lines), sent(NOISE, role="loss")):
         assert likeness(stream, [STEP], plain=PLAIN, roles=ROLES) == {}
 
 

@@ -57,6 +57,8 @@ def test_a_shift_and_a_mirror_are_drawn_apart_and_the_mirror_comes_last() -> Non
     shift_alone = which(moves, augment(BATCH, Augment(shift=1), DRAWS))
     flip_alone = which([RECORD, RECORD.flip(2)], augment(BATCH, Augment(flip=True), DRAWS))
     assert both == [s + len(moves) * f for s, f in zip(shift_alone, flip_alone, strict=True)]
+    counts = [both.count(i) for i in range(2 * len(moves))]
+    assert min(counts) > N / 36, f"the mirror depends on the shift: {counts}"
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])

@@ -338,6 +338,14 @@ def test_the_loss_is_the_mean_cross_entropy_and_the_rate_that_of_the_step() -> N
     assert [m / moved[0] for m in moved] == pytest.approx([1, 2, 3, 3], rel=1e-3)
 
 
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_a_zones_weights_are_in_the_runs_layout(channels_last: bool) -> None:
+    training = msgspec.structs.replace(TRAINING, channels_last=channels_last)
+    part = Zone(SPEC, range(3), input_shape=SCHEMA.shape, training=training, seed=SEEDS.front)
+    weights = [parameter for parameter in part.module.parameters() if parameter.dim() == 4]
+    assert [w.is_contiguous(memory_format=torch.channels_last) for w in weights] == [channels_last] * 2
+
+
 def test_zones_train_and_never_evaluate() -> None:
     part = zone(range(3), SPEC)
     assert all(module.training for module in part.module.modules())
