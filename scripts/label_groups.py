@@ -62,7 +62,9 @@ def main(data: str, data_dir: Path | None) -> None:
     known = np.concatenate([np.flatnonzero(true == label)[:KNOWN] for label in range(classes)])
     names = {c: np.bincount(true[known][clusters[known] == c], minlength=1).argmax() for c in range(classes)}
     named = np.mean([names[c] == label for c, label in zip(clusters, true, strict=True)])
-    print(f"{data}: {len(true)} records in {BATCHES} batches, purity {purity:.3f}, named by {KNOWN} a class {named:.3f}")
+    print(
+        f"{data}: {len(true)} records in {BATCHES} batches, purity {purity:.3f}, named by {KNOWN} a class {named:.3f}"
+    )
 
 
 if __name__ == "__main__":

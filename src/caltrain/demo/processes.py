@@ -39,10 +39,11 @@ class Background:
         """The first JSON line that it prints. Raises its error, or EnvironmentFault."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
+            ended = self._process.poll() is not None  # asked first: what it printed last is then in the log
             head, newline, _ = self.log.read_bytes().partition(b"\n")
             if newline:
                 return _parsed(head, self.log)
-            if self._process.poll() is not None:
+            if ended:
                 break
             time.sleep(0.05)
         raise _died(self.log)

@@ -26,7 +26,7 @@ def state_of(*zones: nn.Module) -> dict[str, Tensor]:
 
 def encode_state(state: State) -> bytes:
     """State as safetensors."""
-    return safetensors.torch.save({name: state[name] for name in sorted(state)})
+    return safetensors.torch.save(dict(state))
 
 
 def decode_state(raw: bytes, *, step: str) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ import pytest
 from caltrain.demo import processes
 from caltrain.demo.processes import Background, Crew, command, crew, undisturbed
 from caltrain.errors import DataError, EnvironmentFault
-from support.processes import alive
+from support.processes import alive, wait_until
 
 # What the crew's "commands" are here: Python programs given as text.
 HELLO = "print('{\"hello\": 1}')"
@@ -73,7 +73,7 @@ def test_a_failing_command_raises_its_own_error(members: Crew) -> None:
     bad = members.start("bad", FAILS)
     with pytest.raises(DataError):
         bad.first_line()
-    assert bad.failed
+    wait_until(lambda: bad.failed)
 
 
 @pytest.mark.parametrize("program", ["raise SystemExit('no memory')", "print('[1]')", "print('no json')", "pass"])

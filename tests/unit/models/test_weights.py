@@ -22,7 +22,7 @@ State = dict[str, Tensor]
 
 
 def model(seed: int = 0) -> nn.Sequential:
-    module = build(SPEC, input_shape=(1, 3, 3))
+    module = build(SPEC, input_shape=(2, 3, 3))
     initialise(module, bytes([seed]) * 32)
     return module
 
@@ -62,7 +62,7 @@ def test_a_state_is_a_copy_and_contiguous() -> None:
 
 
 def test_zones_together_have_the_state_of_the_whole() -> None:
-    parts = [build(SPEC, input_shape=(1, 3, 3), layers=layers) for layers in (range(1), range(1, 2), range(2, 3))]
+    parts = [build(SPEC, input_shape=(2, 3, 3), layers=layers) for layers in (range(1), range(1, 2), range(2, 3))]
     for part in parts:
         initialise(part, bytes(32))
     assert equal(state_of(*parts), state())
@@ -245,4 +245,8 @@ def test_the_identity_does_not_depend_on_insertion_layout_or_file() -> None:
     strided = torch.empty(weight.shape[1], weight.shape[0]).T.copy_(weight)
     assert not strided.is_contiguous()
     assert model_digest(SPEC, ours | {"2.linear.weight": strided}) == expected
+    every_other = torch.empty(2 * len(weight[0]))[::2]
+    bias = {"2.linear.bias": every_other[:3].copy_(ours["2.linear.bias"])}
+    assert not bias["2.linear.bias"].is_contiguous()
+    assert model_digest(SPEC, ours | bias) == expected
     assert model_digest(SPEC, decode_state(encode_state(ours), step="test")) == expected
