@@ -60,7 +60,7 @@ PRESETS: dict[PresetName, Preset] = {
         partition=Partition(front=2, head=1),
         data=DataSchema(shape=(1, 8, 8), classes=_DIGITS, mean=(0.0,), std=(0.38,)),
         training=TrainingSpec(
-            epochs=35, batch=32, learning_rate=0.03, weight_decay=1e-3, augment=Augment(shift=1), threads=1
+            epochs=35, batch=32, learning_rate=0.03, weight_decay=8e-3, augment=Augment(shift=1), threads=1
         ),
     ),
     "mnist": Preset(

@@ -15,7 +15,6 @@ import msgspec
 import pytest
 import torch
 
-import support.talking_enclave
 from caltrain.accountability.neighbours import label_disagreement
 from caltrain.enclave.run import State
 from caltrain.models.spec import Partition
@@ -37,6 +36,7 @@ pytestmark = pytest.mark.processes
 PLACES: tuple[Place, ...] = get_args(Place)
 SECRET = ("record", "labels", "weights", "secret", "fingerprint", "question")
 ROLES = ("ir", "center-grad")
+TALKING_ENCLAVE = Path(__file__).parents[1] / "support" / "talking_enclave.py"
 MOMENTS = ("train-epoch-0", "center-out-1-2", "release")
 KNOWN = [
     *(("center weights", place) for place in ("memory", "disk", "door")),
@@ -99,7 +99,7 @@ def leaky(tmp_path_factory: pytest.TempPathFactory) -> Examined:
     """A two-way run with an enclave that talks, and with a shard by a writer that does not encrypt."""
     people = People.gather(tmp_path_factory.mktemp("leaky"), partition=Partition(front=3))
     extra = unsealed_shard(people, people.images[0][:2], people.labels[0][:2])
-    return Examined(run(people, moments=(), enclave=Path(support.talking_enclave.__file__), extra=extra))
+    return Examined(run(people, moments=(), enclave=TALKING_ENCLAVE, extra=extra))
 
 
 # --- the needles are true -------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ One finished run serves all tests that only look at it; the others end a process
 
 from __future__ import annotations
 
+import base64
 import os
 import signal
 import socket
@@ -26,6 +27,7 @@ from caltrain.participant.disclose import disclose, note_disclosure
 from caltrain.participant.join import join
 from caltrain.participant.receive import RunRecord, run_folder
 from caltrain.participant.seal import own_shards, shard_path
+from caltrain.plan import RunManifest
 from caltrain.provenance.chain import Event, verify_chain
 from support.company import SECONDS, Company, alive, eventually
 from support.disk import tree
@@ -63,16 +65,8 @@ def chain_of(company: Company) -> tuple[Event, ...]:
     lines = (company.store / "chain.jsonl").read_bytes().splitlines()
     manifest = msgspec.json.decode((company.store / "manifest.json").read_bytes(), type=Envelope)
     chain = [msgspec.json.decode(line, type=Envelope) for line in lines]
-    with company.client() as client:
-        del client
-    first = msgspec.json.decode(_payload(chain[0]), type=Event)
-    return verify_chain(chain, run=first.run, signing_key=manifest.signer)
-
-
-def _payload(envelope: Envelope) -> bytes:
-    import base64
-
-    return base64.b64decode(envelope.payload)
+    run = msgspec.json.decode(base64.b64decode(manifest.payload), type=RunManifest).run
+    return verify_chain(chain, run=run, signing_key=manifest.signer)
 
 
 # -- a finished run ----------------------------------------------------------------------------------------------

@@ -6,6 +6,8 @@ import os
 import select
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -50,9 +52,12 @@ class TappedHost:
         self.process.stdin.close()
         self.url = f"http://127.0.0.1:{self._line()}"
 
-    def at(self, moment: str) -> None:
-        """Wait until the host has stopped itself at this moment; look at it, and let it go on."""
-        assert self._line() == moment
+    def at(self, moment: str, *, meanwhile: Callable[[], None]) -> None:
+        """Wait until the host has stopped itself at this moment; look at it, and let it go on.
+
+        `meanwhile` is called every second: it may raise when the moment will never come.
+        """
+        assert self._line(meanwhile) == moment
         wait_until_held(self.process.pid)
         self._look_at_memory(moment, files=False)
         self._look_at_disk(moment)
@@ -100,13 +105,15 @@ class TappedHost:
                 self._files.add((name, data))
                 self.seen.append(Haystack("log" if path.suffix == ".log" else "disk", f"{moment}: {name}", data))
 
-    def _line(self) -> str:
+    def _line(self, meanwhile: Callable[[], None] = lambda: None) -> str:
         """The next line that the host says."""
-        stdout, line = self.process.stdout, b""
-        assert stdout is not None
+        assert self.process.stdout is not None
+        stdout, line, deadline = self.process.stdout.fileno(), b"", time.monotonic() + _SECONDS
         while not line.endswith(b"\n"):
-            ready, _, _ = select.select([stdout], [], [], _SECONDS)
-            more = os.read(stdout.fileno(), 1) if ready else b""
-            assert more, f"the host said {line!r} and nothing more: {self._log.read_text()[-2000:]}"
+            ready, _, _ = select.select([stdout], [], [], 1)
+            more = os.read(stdout, 1) if ready else b""
+            meanwhile()
+            late = not ready and time.monotonic() > deadline
+            assert more or not (ready or late), f"the host said {line!r} and no more: {self._log.read_text()[-2000:]}"
             line += more
         return line.decode().strip()

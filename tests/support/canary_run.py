@@ -168,11 +168,8 @@ def run(people: People, *, moments: Sequence[str], enclave: Path | None = None, 
     try:
         if extra:
             _upload(host.url, people.parties[0], extra)
-        with _noted_entropies(entropies), ThreadPoolExecutor(len(people.parties)) as pool:
-            joined = [pool.submit(_join, host.url, people, party) for party in people.parties]
-            for moment in moments:
-                host.at(moment)
-            manifests = [future.result() for future in joined]
+        with _noted_entropies(entropies):
+            manifests = _join_all(host, people, moments)
         _ask(host.url, people)
         host.at_last(memory=bool(moments))
     finally:
@@ -211,6 +208,25 @@ def _upload(url: str, party: Identity, shard: bytes) -> None:
     file.write_bytes(shard)
     with HostClient(url) as client:
         client.upload(f"/v1/parties/{party.name}/shards/{header.shard}", file)
+
+
+def _join_all(host: TappedHost, people: People, moments: Sequence[str]) -> list[RunManifest]:
+    """All parties join side by side, while we look at the host at each moment."""
+    with ThreadPoolExecutor(len(people.parties)) as pool:
+        joined = [pool.submit(_join, host.url, people, party) for party in people.parties]
+
+        def unless_one_failed() -> None:
+            for future in joined:
+                if future.done():
+                    future.result()
+
+        try:
+            for moment in moments:
+                host.at(moment, meanwhile=unless_one_failed)
+            return [future.result() for future in joined]
+        except BaseException:
+            host.end()  # else the others would wait for it
+            raise
 
 
 def _join(url: str, people: People, party: Identity) -> RunManifest:

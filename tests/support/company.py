@@ -18,12 +18,14 @@ from caltrain.attestation.measurement import measure_enclave
 from caltrain.attestation.verify import Policy
 from caltrain.crypto.dsse import SigningKey
 from caltrain.host_client import HostClient, RunStatus
+from caltrain.models.spec import Partition
 from caltrain.participant.identity import create_identity
 from caltrain.participant.join import join
 from caltrain.participant.seal import seal_records
 from caltrain.plan import EnclaveSpec, Party, Plan, RunManifest, TraceSpec, User, check_plan
 from caltrain.records.schema import DataSchema
-from support.world import CLASSES, MODEL, SHAPE, Partition, TrainingSpec, pictures
+from caltrain.training.spec import TrainingSpec
+from support.world import CLASSES, MODEL, SHAPE, pictures
 
 SECONDS = 120
 PROGRAM = Path(__file__).with_name("host_program.py")

@@ -36,8 +36,8 @@ async def receive_shard(store: Store, plan: Plan, party: str, shard_id: str, req
             fix="Seal into larger shards.",
         )
     with store.incoming() as file:
-        head, expected, header = bytearray(), None, None
-        received = 0
+        head, header = bytearray(), None
+        received = expected = 0
         async for chunk in request.stream():
             received += len(chunk)
             if header is None:
@@ -46,7 +46,7 @@ async def receive_shard(store: Store, plan: Plan, party: str, shard_id: str, req
                     continue
                 header, expected = _open(bytes(head), plan, party, shard_id, public_key)
                 chunk = bytes(head)  # noqa: PLW2901  # everything so far goes to disk at once
-            if expected is not None and received > expected:
+            if received > expected:
                 raise _too_large(expected)
             file.write(chunk)
         if header is None or received != expected:

@@ -49,7 +49,7 @@ def _bar(console: Console) -> Progress:
         console=console,
         transient=True,
         expand=True,
-        disable=not console.is_terminal or console.quiet,
+        disable=not console.is_interactive or console.quiet,
     )
 
 

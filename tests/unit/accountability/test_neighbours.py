@@ -157,6 +157,14 @@ def test_suspicion_does_not_depend_on_how_the_work_is_divided(block: int, monkey
     assert torch.allclose(label_disagreement(points, labels, k=5), whole, atol=1e-5)
 
 
+def test_a_neighbour_weighs_one_over_its_distance_and_a_twentieth() -> None:
+    angles = torch.deg2rad(torch.tensor([0.0, 30.0, -60.0], dtype=torch.float64))
+    points = torch.stack((angles.cos(), angles.sin()), dim=1).float()
+    near, far = 1 / (2 * np.sin(np.deg2rad(15)) + 0.05), 1 / (1 + 0.05)
+    scores = label_disagreement(points, torch.tensor([0, 1, 0]), k=2)
+    assert scores[0].item() == pytest.approx(near / (near + far), abs=1e-5)
+
+
 def test_one_wrong_label_among_many_right_ones_stands_out() -> None:
     left, right = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])
     noise = torch.randn(40, 2, generator=torch.Generator().manual_seed(0)) * 0.05

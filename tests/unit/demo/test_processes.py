@@ -54,6 +54,10 @@ def test_the_result_is_the_last_line_and_the_log_is_kept(members: Crew, tmp_path
     assert (tmp_path / "logs" / "one.log").read_text(encoding="utf-8") == 'noise\n{"hello": 1}\n'
 
 
+def test_a_result_with_an_empty_field_for_errors_is_a_result(members: Crew) -> None:
+    assert members.start("status", "print('{\"error\": null}')").result() == {"error": None}
+
+
 def test_commands_run_side_by_side(members: Crew, tmp_path: Path) -> None:
     # Each waits for the other's file: one after the other, they would wait forever.
     def program(own: str, other: str) -> str:

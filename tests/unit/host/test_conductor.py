@@ -315,6 +315,20 @@ def test_a_reply_without_what_was_asked_for_is_not_passed_on(site: Site, monkeyp
     assert site.conductor.provisioned == set()
 
 
+def test_a_run_without_a_manifest_does_not_go_on(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    request = site.enclave.request
+
+    def without(message: m.Request, *, wait: float = 5) -> m.Done:
+        return m.Done() if isinstance(message, m.MakeManifest) else request(message, wait=wait)
+
+    monkeypatch.setattr(site.enclave, "request", without)
+    site.conductor.begin()
+    site.approve()
+    site.provision()
+    site.failed_with("host.not-yet")
+    assert "manifest.json" not in tree(site.store.root)
+
+
 def test_an_approval_that_is_none_is_not_kept(site: Site) -> None:
     with refused(IntegrityError, "signature.invalid"):
         site.conductor.approve("alpha", site.world.parties["beta"].approve(site.world.plan))

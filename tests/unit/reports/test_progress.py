@@ -35,7 +35,9 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def terminal(width: int) -> Console:
-    return Console(file=io.StringIO(), width=width, height=25, force_terminal=True, color_system=None)
+    return Console(
+        file=io.StringIO(), width=width, height=25, force_terminal=True, force_interactive=True, color_system=None
+    )
 
 
 def screen(console: Console) -> list[str]:

@@ -57,8 +57,18 @@ def test_a_shift_and_a_mirror_are_drawn_apart_and_the_mirror_comes_last() -> Non
     shift_alone = which(moves, augment(BATCH, Augment(shift=1), DRAWS))
     flip_alone = which([RECORD, RECORD.flip(2)], augment(BATCH, Augment(flip=True), DRAWS))
     assert both == [s + len(moves) * f for s, f in zip(shift_alone, flip_alone, strict=True)]
-    counts = [both.count(i) for i in range(2 * len(moves))]
-    assert min(counts) > N / 36, f"the mirror depends on the shift: {counts}"
+
+
+def test_no_two_draws_of_a_step_share_a_generator() -> None:
+    asked: list[tuple[str, int]] = []
+
+    class Watched(Draws):
+        def generator(self, name: str, layer: int = 0) -> torch.Generator:
+            asked.append((name, layer))
+            return super().generator(name, layer)
+
+    augment(BATCH, Augment(shift=1, flip=True), Watched(bytes(32), 0, 0))
+    assert len(set(asked)) == len(asked) == 2
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
