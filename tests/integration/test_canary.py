@@ -137,6 +137,7 @@ def test_everything_that_the_host_can_see_was_looked_at(ternary: Examined) -> No
     files = {hay.name for hay in seen if hay.place == "disk"}
     assert {"train-epoch-0: pool-0", "center-out-1-2: pool-0", "center-out-1-2: pool-1"} <= files
     assert {"release: center", "end: chain.jsonl", "end: release/alpha", "end: suspicion/alpha"} <= files
+    assert ternary.outcome.entropies.keys() == set(NAMES)
     assert all(name.startswith("[v") for name in ternary.outcome.unreadable), ternary.outcome.unreadable
 
 

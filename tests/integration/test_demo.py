@@ -29,8 +29,6 @@ from support.processes import Process, descendants, living, marked, wait_until
 
 pytestmark = [pytest.mark.processes, pytest.mark.timeout(900)]
 
-DATA = Path(os.environ.get("CALTRAIN_DATA", Path(__file__).resolve().parents[2] / "../shared/data"))
-
 
 def run_json(*words: str | Path) -> dict[str, Any]:
     """A command that must succeed, and print one JSON object and nothing else."""
@@ -53,24 +51,20 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 # --- what is promised -----------------------------------------------------------------------------------------------
 
 
-def check_promises(found: dict[str, Any], *, accuracy: float) -> None:
-    """The figures that every run of the demo must reach."""
-    assert found["simulated"] is True
-    assert found["form"] == "ternary"
-    assert found["weights_identical"] is True
-    assert found["accuracy"] == found["plain_accuracy"] >= accuracy
-    assert found["attack_success"] == found["plain_attack_success"] >= 0.9
-    assert 0 < found["poison_share"] <= 0.02
-    assert found["triggered_inputs"] >= 200
-    assert found["trace_precision_at_9"] >= 0.95
-    assert found["trace_contributor_accuracy"] >= 0.99
-    assert found["mislabel_auroc"] >= 0.9
-    assert found["disclosures_verified"] == found["disclosures"] == 27
-    assert found["substitutions_refused"] == found["substitutions"] == 27
-
-
 def test_digits_reach_every_figure(digits: dict[str, Any]) -> None:
-    check_promises(digits, accuracy=0.95)
+    """`scripts/demo_all.sh` checks the same on the other data sets, which takes minutes."""
+    assert digits["simulated"] is True
+    assert digits["form"] == "ternary"
+    assert digits["weights_identical"] is True
+    assert digits["accuracy"] == digits["plain_accuracy"] >= 0.95
+    assert digits["attack_success"] == digits["plain_attack_success"] >= 0.9
+    assert 0 < digits["poison_share"] <= 0.02
+    assert digits["triggered_inputs"] >= 200
+    assert digits["trace_precision_at_9"] >= 0.95
+    assert digits["trace_contributor_accuracy"] >= 0.99
+    assert digits["mislabel_auroc"] >= 0.9
+    assert digits["disclosures_verified"] == digits["disclosures"] == 27
+    assert digits["substitutions_refused"] == digits["substitutions"] == 27
     assert (digits["data"], digits["records"], digits["culprit"]) == ("digits", 1347, "dogwood")
     assert TRIALS["digits"].attack.patch.shape == (2, 2)
 
@@ -115,15 +109,6 @@ def test_the_two_way_form_is_told_as_well(tmp_path: Path) -> None:
     assert found["accuracy"] == found["plain_accuracy"]
     assert found["disclosures_verified"] == found["disclosures"] > 0
     assert found["substitutions_refused"] == found["substitutions"] == found["disclosures"]
-
-
-@pytest.mark.data
-def test_mnist_reaches_every_figure(tmp_path: Path) -> None:
-    if not (DATA / "mnist").exists():
-        pytest.skip(f"no MNIST in {DATA}: set CALTRAIN_DATA")
-    found = run_json("demo", "--data", "mnist", "--data-dir", DATA, "--out", tmp_path)
-    check_promises(found, accuracy=0.97)
-    assert max(TRIALS["mnist"].attack.patch.shape) <= 3
 
 
 # --- stopped in the middle ------------------------------------------------------------------------------------------

@@ -109,8 +109,16 @@ def test_a_trace_of_the_run_is_verified_without_it(finished: Company) -> None:
 
 def test_nobody_joins_a_run_a_second_time(finished: Company) -> None:
     before = tree(finished.parties[0].folder)
-    with finished.client() as client, refused(ProvisioningError, "join.too-late"):
-        join(client, finished.plan, finished.parties[0], finished.policy, clock=lambda: datetime.now(UTC))
+    for allowed, code in ((False, "manifest.second"), (True, "join.too-late")):
+        with finished.client() as client, refused(ProvisioningError, code):
+            join(
+                client,
+                finished.plan,
+                finished.parties[0],
+                finished.policy,
+                clock=lambda: datetime.now(UTC),
+                allow_second_manifest=allowed,
+            )
     assert tree(finished.parties[0].folder) == before
 
 

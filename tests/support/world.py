@@ -14,7 +14,7 @@ import copy
 import itertools
 import os
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,48 +30,18 @@ from caltrain.enclave.run import Run, State
 from caltrain.enclave.session import handle
 from caltrain.enclave.vault import Vault
 from caltrain.host.center import Center
-from caltrain.models.spec import Conv, Dropout, Flatten, Linear, MaxPool, ModelSpec, Partition
-from caltrain.plan import (
-    EnclaveSpec,
-    Party,
-    Plan,
-    ReleaseSpec,
-    Right,
-    RunManifest,
-    TraceSpec,
-    User,
-    check_plan,
-)
+from caltrain.plan import Plan, Right, RunManifest, check_plan
 from caltrain.provenance.chain import Chain, Event, verify_chain
-from caltrain.records.schema import DataSchema, decode_record
+from caltrain.records.schema import decode_record
 from caltrain.training.plain import train_plain
 from caltrain.training.seeds import RunSeeds
-from caltrain.training.spec import Augment, TrainingSpec
 from support.members import Asked, Member, Pixels, question
 from support.memory_host import MemoryHost
+from support.tiny import CLASSES, MEASUREMENT, MODEL, PARTIES, RIGHTS, SHAPE, Element, pictures, tiny_plan
 
-MEASUREMENT = "sha384:" + "ab" * 48
-PARTIES = ("alpha", "beta", "gamma")
-SHAPE = (1, 4, 4)
-CLASSES = ("cat", "dog", "owl")
+__all__ = ["CLASSES", "MEASUREMENT", "MODEL", "PARTIES", "SHAPE", "World", "pictures"]
 HARMLESS = {State.NEW, State.ENROLLING, State.AGREEING, State.LINKED}
-MODEL = ModelSpec(
-    layers=(
-        Conv(filters=4, batch_norm=True),
-        MaxPool(),
-        Conv(filters=4),
-        Dropout(p=0.25),
-        Flatten(),
-        Linear(units=len(CLASSES)),
-    )
-)
 Change = Callable[[Plan], Plan]
-
-
-def pictures(records: int, *, seed: int, dtype: Literal["u8", "f32"] = "u8") -> Pixels:
-    """Distinct random pictures (N, 1, 4, 4)."""
-    values = np.random.default_rng(seed).integers(0, 256, (records, *SHAPE))
-    return values.astype(np.uint8) if dtype == "u8" else (values / 256).astype("<f4")
 
 
 class World:
@@ -81,7 +51,7 @@ class World:
         self,
         *,
         head: int = 2,
-        dtype: Literal["u8", "f32"] = "u8",
+        dtype: Element = "u8",
         records: int = 9,
         epochs: int = 2,
         budget: int = 20,
@@ -89,30 +59,17 @@ class World:
         change: Change = lambda plan: plan,
     ) -> None:
         self.parties = {name: Member(name) for name in PARTIES}
-        self.users = {name: Member(name) for name in ("una", "pat")}
-        rights: dict[str, tuple[Right, ...]] = {"una": ("predict", "trace"), "pat": ("predict",)}
-        self.plan = check_plan(
-            change(
-                Plan(
-                    version=1,
-                    name="tiny",
-                    model=MODEL,
-                    partition=Partition(front=2, head=head),
-                    data=DataSchema(shape=SHAPE, dtype=dtype, classes=CLASSES),
-                    training=TrainingSpec(
-                        epochs=epochs, batch=8, learning_rate=0.05, augment=Augment(shift=1, flip=True), threads=1
-                    ),
-                    parties=tuple(Party(name=p.name, public_key=p.signer.public) for p in self.parties.values()),
-                    users=tuple(
-                        User(name=u.name, public_key=u.signer.public, may=rights[u.name], budget=budget)
-                        for u in self.users.values()
-                    ),
-                    enclave=EnclaveSpec(measurement=MEASUREMENT),
-                    trace=TraceSpec(neighbours=5, suspicion_neighbours=4),
-                    release=ReleaseSpec(reveal_seed=reveal_seed),
-                )
-            )
+        self.users = {name: Member(name) for name in RIGHTS}
+        plan = tiny_plan(
+            self.parties.values(),
+            self.users.values(),
+            head=head,
+            dtype=dtype,
+            epochs=epochs,
+            budget=budget,
+            reveal=reveal_seed,
         )
+        self.plan = check_plan(change(plan))
         for seed, party in enumerate(self.parties.values()):
             labels = [int(label) for label in np.random.default_rng(seed).integers(0, len(CLASSES), records)]
             images = pictures(records, seed=seed, dtype=self.plan.data.dtype)

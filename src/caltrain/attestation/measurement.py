@@ -2,6 +2,7 @@
 
 It covers the Python files that the enclave may import (its own folder and the vocabulary), the version of Python, and
 for each dependency the hashes that its installed wheel records. The model is not in it: it is data, under the plan.
+Neither are compiled caches (`__pycache__`), which Python trusts by date: an image for a TEE must not have any.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import platform
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 
 import caltrain
@@ -28,6 +30,7 @@ INSIDE = (
     "boundary",
     "enclave",
 )
+OPTIONAL = ("pyseccomp",)
 DEPENDENCIES = ("cryptography", "msgspec", "numpy", "rfc8785", "safetensors", "torch")
 
 
@@ -41,6 +44,8 @@ def measure_enclave() -> str:
             h.update(f"{file.relative_to(root).as_posix()}\0".encode() + hashlib.sha384(file.read_bytes()).digest())
     for name in DEPENDENCIES:
         h.update(f"{name}\0".encode() + _wheel_digest(name))
+    for name in OPTIONAL:
+        h.update(f"{name}\0".encode() + (_wheel_digest(name) if find_spec(name) else b"absent"))
     return "sha384:" + h.hexdigest()
 
 

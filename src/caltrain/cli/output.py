@@ -80,6 +80,8 @@ def _text(field: object) -> str:
     match field:
         case bool():
             return "yes" if field else "no"
+        case float():
+            return f"{field:.6g}"
         case list() | tuple():
             return ", ".join(_text(entry) for entry in field) or "none"
         case dict():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
@@ -78,7 +79,9 @@ def trace(
     if answered.claims.simulated:
         say_simulated()
     for statement in answered.traces[:_SHOWN]:
-        say(f"input {statement.index}: predicted {agreed.data.classes[statement.predicted]}")
+        tally = Counter(n.record.party for n in statement.neighbours).most_common()
+        nearest = ", ".join(f"{party} {count}" for party, count in tally)
+        say(f"input {statement.index}: predicted {agreed.data.classes[statement.predicted]}; nearest: {nearest}")
         for n in statement.neighbours:
             say(f"  {n.rank}. {n.record.party} --record {n.record.shard}:{n.record.leaf} distance {n.distance}")
     if len(answered.traces) > _SHOWN and out is None:

@@ -25,6 +25,13 @@ _LINK_BATCH = 256
 def release(run: Run, message: Release) -> tuple[Done, State]:
     """Join the zones, name the whole by its digest, seal the inner zones to each party."""
     plan, manifest = present(run.plan), present(run.manifest)
+    if message.center_bytes > _center_limit(plan):
+        raise IntegrityError(
+            "release.too-large",
+            f"a CenterNet of {message.center_bytes} bytes, the plan's has at most {_center_limit(plan)}",
+            step="release",
+            fix="Stop the run: the host does not hold the model of the plan.",
+        )
     center_state = decode_state(run.door.read("center", offset=0, length=message.center_bytes), step="release")
     if not same(to_raw(model_digest(plan.model, center_state)), run.center_commitment):
         raise IntegrityError(
@@ -70,6 +77,13 @@ def _join(plan: Plan, states: tuple[dict[str, Tensor], ...]) -> nn.Sequential:
         load_zone(zone_of(model, layers), state, step="release")
     lay_out(model, channels_last=plan.training.channels_last)
     return model.eval()
+
+
+def _center_limit(plan: Plan) -> int:
+    """Bytes that the CenterNet's weights take, with room for the names and shapes in the file's head."""
+    with torch.device("meta"):
+        center = build(plan.model, input_shape=plan.data.shape, layers=zone_ranges(plan.model, plan.partition)[1])
+    return sum(value.numel() * value.element_size() for value in state_of(center).values()) + (1 << 20)
 
 
 def link(run: Run, _message: Link) -> tuple[Done, State]:

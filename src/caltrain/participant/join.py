@@ -1,9 +1,13 @@
 """Take part in a run: approve, upload, verify the enclave, provision, countersign, receive the model.
 
-(1) the host's plan is the one we hold           (5) our shards, every party, the attested keys are in the manifest
-(2) send approval and sealed shards              (6) no other manifest of this plan was signed; countersign
-(3) fresh nonce -> evidence -> our policy        (7) wait for the run
-(4) only then: data key and entropy, sealed      (8) open our part, join it, compare digests, keep the chain
+(1) no manifest of this plan was signed before, or a second one is allowed; the host's plan is the one we hold
+(2) send approval and sealed shards
+(3) fresh nonce -> evidence -> our policy
+(4) only then: data key and entropy, sealed
+(5) the manifest has our shards, every party, the attested keys
+(6) no other manifest of this plan was signed: countersign
+(7) wait for the run
+(8) open our part, join it, compare digests, keep the chain
 """
 
 from __future__ import annotations
@@ -21,7 +25,7 @@ from caltrain.crypto.dsse import Envelope, open_envelope
 from caltrain.errors import IntegrityError, ProvisioningError
 from caltrain.host_client import HostClient
 from caltrain.participant.identity import Identity
-from caltrain.participant.journal import remember_manifest
+from caltrain.participant.journal import refuse_second, remember_manifest
 from caltrain.participant.receive import receive
 from caltrain.participant.seal import own_shards, shard_path
 from caltrain.plan import ManifestApproval, ManifestShard, Plan, PlanApproval, RunManifest
@@ -58,6 +62,8 @@ def join(
     on_step: OnStep = lambda _text: None,
 ) -> RunManifest:
     """All eight steps. Returns the manifest of the finished run; the party's folder holds model and chain."""
+    if not allow_second_manifest:
+        refuse_second(identity.folder, plan=plan.digest())
     approval, shards = approval_of(plan, identity), own_shards(identity)
     theirs = host.get("/v1/plan", Plan)
     if theirs.digest() != plan.digest():

@@ -27,6 +27,16 @@ def remember_manifest(folder: Path, *, plan: str, manifest: str, allow_second: b
         write_whole(path, msgspec.json.encode(entries | {plan: manifest}))
 
 
+def refuse_second(folder: Path, *, plan: str) -> None:
+    """Raise ProvisioningError `manifest.second` when a manifest of this plan was countersigned before.
+
+    Asked before anything leaves, so that a second enclave of the same plan does not get the data key either.
+    """
+    before = _read(folder / "journal.json").get(plan)
+    if before is not None:
+        raise _second(f"the manifest {before} of this plan is signed already", step="join")
+
+
 def _read(path: Path) -> dict[str, str]:
     try:
         return msgspec.json.decode(path.read_bytes(), type=dict[str, str])
@@ -40,9 +50,13 @@ def _read(path: Path) -> dict[str, str]:
 
 def _check(before: str | None, manifest: str, *, allow_second: bool) -> None:
     if before not in {None, manifest} and not allow_second:
-        raise ProvisioningError(
-            "manifest.second",
-            f"this plan already has the manifest {before}; the host shows {manifest}",
-            step="countersign",
-            fix="Refuse: somebody runs your plan a second time. If the parties agreed to that, allow it explicitly.",
-        )
+        raise _second(f"this plan already has the manifest {before}; the host shows {manifest}", step="countersign")
+
+
+def _second(what: str, *, step: str) -> ProvisioningError:
+    return ProvisioningError(
+        "manifest.second",
+        what,
+        step=step,
+        fix="Refuse: somebody runs your plan a second time. If the parties agreed to that, allow it explicitly.",
+    )

@@ -22,6 +22,7 @@ class Value(msgspec.Struct):
     name: str
     nothing: str | None = None
     flag: bool = True
+    share: float = 2.2004690227
     some: tuple[str, ...] = ("a", "b")
     none: tuple[str, ...] = ()
     table: dict[str, str] = msgspec.field(default_factory=lambda: {"x": "on"})
@@ -44,7 +45,14 @@ def test_text_is_a_table_that_people_can_read(capsys: pytest.CaptureFixture[str]
     out, _ = capsys.readouterr()
     rows = [[cell.strip() for cell in line.strip("│").split("│")] for line in out.splitlines() if "│" in line]
     assert out.startswith("Who")
-    assert rows == [["name", "Ann"], ["flag", "yes"], ["some", "a, b"], ["none", "none"], ["table", "x on"]]
+    assert rows == [
+        ["name", "Ann"],
+        ["flag", "yes"],
+        ["share", "2.20047"],
+        ["some", "a, b"],
+        ["none", "none"],
+        ["table", "x on"],
+    ]
 
 
 def test_a_long_value_is_shown_whole(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

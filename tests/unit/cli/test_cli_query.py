@@ -232,7 +232,10 @@ def answered(kind: str, count: int, *, simulated: bool = True) -> Answered:
             index=index,
             input_commitment=DIGEST,
             predicted=7,
-            neighbours=(Neighbour(rank=1, record=RecordRef("birch", SHARD, index), distance=0.25, commitment=DIGEST),),
+            neighbours=tuple(
+                Neighbour(rank=rank, record=RecordRef(party, SHARD, index), distance=0.25, commitment=DIGEST)
+                for rank, party in ((1, "birch"), (2, "alder"), (3, "birch"))
+            ),
             center_audited=False,
             simulated=simulated,
         )
@@ -284,6 +287,7 @@ def test_trace_names_the_records_behind_a_prediction(
     assert [trace["neighbours"][0]["record"]["leaf"] for trace in found["traces"]] == [*range(6)]
     text = cli("trace", tmp_path / "inputs.npy", *asking(project)).out
     assert text.count("simulated enclave") == named
+    assert "input 2: predicted 7; nearest: birch 2, alder 1\n" in text
     assert f"1. birch --record {SHARD}:2 distance 0.25" in text
     assert f"{SHARD}:3" not in text
     assert "the first 3 of 6; --out keeps all" in text

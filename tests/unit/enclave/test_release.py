@@ -76,6 +76,13 @@ def test_bytes_that_are_no_weights_are_refused(name: str) -> None:
     refused(world, code, request)
 
 
+def test_a_center_larger_than_the_plans_is_not_even_read() -> None:
+    world = World(epochs=1).run_to(State.TRAINED)
+    request = world.release_request()
+    del world.host.storage["center"]
+    refused(world, "release.too-large", m.Release(request.center_bytes + (1 << 20)))
+
+
 def test_a_center_that_is_not_there_stops_the_run() -> None:
     refused(World(epochs=1).run_to(State.TRAINED), "storage.missing", m.Release(100))
 
@@ -213,6 +220,18 @@ def test_the_statement_names_run_plan_manifest_and_model() -> None:
         center_audited=False,
         simulated=True,
     )
+
+
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_the_whole_model_computes_in_the_plans_memory_layout(channels_last: bool) -> None:
+    def layout(plan: Plan) -> Plan:
+        training = msgspec.structs.replace(plan.training, channels_last=channels_last)
+        return msgspec.structs.replace(plan, training=training)
+
+    model = present(World(change=layout).run_to(State.RELEASED).run.model)
+    weight = model.get_parameter("2.conv.weight")
+    assert weight.is_contiguous(memory_format=torch.channels_last) is channels_last
+    assert not model.training
 
 
 # --- link -----------------------------------------------------------------------------------------------------------

@@ -393,7 +393,7 @@ def remembered(joining: Joining, manifest: str) -> None:
 
 def test_a_second_manifest_for_the_plan_is_not_signed(joining: Joining) -> None:
     remembered(joining, OTHER)
-    joining.refused(ProvisioningError, "manifest.second", posts=2)
+    joining.refused(ProvisioningError, "manifest.second", posts=0)
     assert joining.world.run.countersigned == set()
 
 
@@ -410,7 +410,7 @@ def test_a_run_anew_is_refused_after_a_restart(joining: Joining) -> None:
     again = Joining(second, joining.folder)
     again.policy = policy_of(second)
     again.world.run.vault.attester = joining.world.run.vault.attester
-    again.refused(ProvisioningError, "manifest.second", posts=2)
+    again.refused(ProvisioningError, "manifest.second", posts=0)
 
 
 def test_the_manifest_is_remembered_before_the_signature_leaves(joining: Joining) -> None:
@@ -431,7 +431,7 @@ def test_the_manifest_is_remembered_before_the_signature_leaves(joining: Joining
 def test_without_a_journal_nothing_is_signed(joining: Joining) -> None:
     (joining.folder / JOURNAL).write_bytes(b"damaged")
     joining.before = tree(joining.folder)
-    joining.refused(ConfigError, "journal.unreadable", posts=2)
+    joining.refused(ConfigError, "journal.unreadable", posts=0)
     assert joining.world.run.countersigned == set()
 
 
