@@ -12,10 +12,10 @@ from torch import Tensor
 
 from caltrain.boundary import frames, tensors
 from caltrain.boundary.frames import FrameKind
-from caltrain.boundary.messages import UNDECODABLE, Message
+from caltrain.boundary.messages import Message
 from caltrain.boundary.ring import Ring
 from caltrain.boundary.tensors import Role, TensorHead
-from caltrain.errors import ProtocolError
+from caltrain.errors import UNDECODABLE, ProtocolError
 
 _HEAD_LENGTH = struct.Struct("<I")
 _MAX_HEAD = 1024

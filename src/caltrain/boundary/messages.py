@@ -20,9 +20,6 @@ from caltrain.records.commitment import PartyName, ShardId
 MAX_CHUNK = 4 << 20
 """Most bytes that one read or write moves."""
 
-UNDECODABLE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
-"""All that msgspec raises for hostile bytes: text that is not UTF-8 and deep nesting come through as themselves."""
-
 ObjectName = Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9][a-z0-9./-]{0,199}\Z")]
 Chunk = Annotated[bytes, msgspec.Meta(max_length=MAX_CHUNK)]
 

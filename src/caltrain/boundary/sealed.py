@@ -13,13 +13,12 @@ from typing import Annotated, Literal, TypeVar
 import msgspec
 
 from caltrain.attestation.evidence import Binding, Nonce
-from caltrain.boundary.messages import UNDECODABLE
 from caltrain.crypto import dsse, hpke
 from caltrain.crypto.aead import KEY_BYTES, seal, unseal
 from caltrain.crypto.decoders import msgpack_decoder
 from caltrain.crypto.digests import Digest, canonical_json, digest
 from caltrain.crypto.kdf import derive
-from caltrain.errors import IntegrityError
+from caltrain.errors import UNDECODABLE, IntegrityError
 from caltrain.plan import MAX_SHARDS, ManifestShard, Right
 from caltrain.records.commitment import PartyName, RecordRef, ShardId
 
@@ -144,7 +143,7 @@ def open_message(message: SealedMessage, type_: type[T], *, binding: Binding, ke
     try:
         plain = key.unseal(base64.b64decode(message.sealed, validate=True), info=transcript.encode(), step=step)
         return msgpack_decoder(type_).decode(plain)
-    except (ValueError, *UNDECODABLE) as error:  # ValueError: not base64
+    except UNDECODABLE as error:  # or not base64
         raise _malformed(str(error), step) from None
 
 

@@ -96,7 +96,7 @@ def _check_user(plan: Plan, user: str, signer: SigningKey) -> None:
 
 
 def _check(plan: Plan, inputs: NDArray[np.generic]) -> None:
-    if inputs.ndim != 4 or inputs.shape[1:] != plan.data.shape or inputs.dtype != plan.data.numpy_dtype:
+    if inputs.shape[1:] != plan.data.shape or inputs.dtype != plan.data.numpy_dtype:
         raise DataError(
             "ask.shape",
             f"inputs of {inputs.shape} {inputs.dtype}, the plan has {plan.data.shape} {plan.data.dtype}",

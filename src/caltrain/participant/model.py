@@ -32,7 +32,7 @@ class JoinedModel:
 
     def predict(self, images: NDArray[np.generic]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         """Classes (N,) and probabilities (N, classes) of images (N, C, H, W) of the plan's element type."""
-        if images.ndim != 4 or images.shape[1:] != self.plan.data.shape or images.dtype != self.plan.data.numpy_dtype:
+        if images.shape[1:] != self.plan.data.shape or images.dtype != self.plan.data.numpy_dtype:
             raise DataError(
                 "predict.shape",
                 f"inputs of {images.shape} {images.dtype}, the plan has {self.plan.data.shape} {self.plan.data.dtype}",

@@ -122,6 +122,7 @@ def test_other_names_shapes_types_and_signs_of_zero_are_another_model() -> None:
         ours | {"0.norm.count": torch.tensor([7])},
         ours | {"0.norm.count": torch.tensor(7, dtype=torch.int32)},
         ours | {"0.conv.bias": -torch.zeros(4)},
+        ours | {"0.conv.bias": torch.zeros(4, dtype=torch.int32)},  # the same bits
     ]
     for theirs in different:
         assert not same_weights(ours, theirs)

@@ -397,6 +397,16 @@ def test_a_second_manifest_for_the_plan_is_not_signed(joining: Joining) -> None:
     assert joining.world.run.countersigned == set()
 
 
+def test_two_joins_at_once_do_not_sign_two_manifests(joining: Joining) -> None:
+    def meanwhile(body: bytes) -> bytes:
+        remembered(joining, OTHER)  # another join of the same party came first, at another host
+        return body
+
+    joining.host.edit["/v1/manifest"] = meanwhile
+    joining.refused(ProvisioningError, "manifest.second", posts=2)
+    assert joining.world.run.countersigned == set()
+
+
 def test_a_second_manifest_is_signed_where_that_was_agreed(joining: Joining) -> None:
     remembered(joining, OTHER)
     manifest = joining.join(allow_second_manifest=True)

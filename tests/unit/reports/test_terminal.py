@@ -62,8 +62,8 @@ def test_weights_that_differ_are_not_overlooked() -> None:
 def test_a_path_is_no_markup_and_is_not_broken() -> None:
     console, file = shown()
     path = "/somewhere/[bold]x[/bold]/" + "y" * 100
-    print_result(msgspec.structs.replace(RESULT, report=path), console)
-    assert f"report: {path}\n" in file.getvalue()
+    print_result(msgspec.structs.replace(RESULT, report=path + "\x1b[2J"), console)
+    assert f"report: {path}\N{REPLACEMENT CHARACTER}[2J\n" in file.getvalue()
 
 
 @pytest.mark.parametrize("width", [80, 120])
