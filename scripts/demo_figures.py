@@ -14,16 +14,19 @@ import argparse
 import hashlib
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from caltrain.accountability.neighbours import label_disagreement, nearest_in_class
 from caltrain.demo import evaluate
 from caltrain.demo.evaluate import Lineage
 from caltrain.demo.scenario import Scenario, build_scenario
+from caltrain.demo.story import MAX_TRACED
 from caltrain.models.network import features_and_logits
 from caltrain.plan import TraceSpec
 from caltrain.presets import PRESETS, Preset
@@ -33,7 +36,6 @@ from caltrain.training.batches import normalise
 from caltrain.training.plain import train_plain
 from caltrain.training.seeds import RunSeeds
 
-MAX_TRACED = 400
 _SHARD = "0" * 32
 
 
@@ -55,48 +57,62 @@ LEAST = {
 _NOTHING = Figures(0, 0, 0, 0, 0)
 
 
+class Linked:
+    """A model trained on a scenario, with the fingerprints of all records."""
+
+    def __init__(self, scenario: Scenario, preset: Preset, *, seed: bytes) -> None:
+        self.preset, self.trace = preset, TraceSpec()
+        self.rows = {RecordRef(h.name, _SHARD, i): (h, i) for h in scenario.holdings for i in range(len(h.labels))}
+        self.references = list(self.rows)
+        pixels = torch.from_numpy(np.concatenate([h.images for h in scenario.holdings]))
+        self.labels = torch.from_numpy(np.concatenate([h.labels for h in scenario.holdings]))
+        self.model = train_plain(
+            preset.model,
+            preset.partition,
+            preset.data,
+            preset.training,
+            pixels=pixels,
+            labels=self.labels,
+            seeds=RunSeeds.from_run_seed(seed),
+        )
+        self.fingerprints, _ = self.look(pixels)
+
+    def look(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Fingerprints (N, D) and classes (N,) of pictures (N, C, H, W)."""
+        found = []
+        with torch.inference_mode():
+            for part in torch.split(pixels, 256):
+                x = normalise(part, self.preset.data, channels_last=self.preset.training.channels_last)
+                found.append(features_and_logits(self.model, x))
+        return torch.cat([f for f, _ in found]), torch.cat([logits for _, logits in found]).argmax(1)
+
+    def nearest(self, fingerprint: Tensor, label: int) -> list[RecordRef]:
+        """What a trace names."""
+        near, _ = nearest_in_class(
+            fingerprint, label=label, fingerprints=self.fingerprints, labels=self.labels, k=self.trace.neighbours
+        )
+        return [self.references[n] for n in near]
+
+    def suspicion(self) -> dict[RecordRef, float]:
+        """What the link pass reports to the parties, all together."""
+        scores = label_disagreement(self.fingerprints, self.labels, k=self.trace.suspicion_neighbours)
+        return dict(zip(self.references, scores.tolist(), strict=True))
+
+
 def run(scenario: Scenario, preset: Preset, *, seed: bytes) -> Figures:
     """Train, link and trace once."""
-    schema, trace = preset.data, TraceSpec()
-    rows = {RecordRef(h.name, _SHARD, i): (h, i) for h in scenario.holdings for i in range(len(h.labels))}
-    references, lineage = list(rows), Lineage(rows)
-    pixels = torch.from_numpy(np.concatenate([h.images for h in scenario.holdings]))
-    labels = torch.from_numpy(np.concatenate([h.labels for h in scenario.holdings]))
-    model = train_plain(
-        preset.model,
-        preset.partition,
-        schema,
-        preset.training,
-        pixels=pixels,
-        labels=labels,
-        seeds=RunSeeds.from_run_seed(seed),
-    )
-
-    def look(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        parts = [
-            features_and_logits(model, normalise(part, schema, channels_last=preset.training.channels_last))
-            for part in torch.split(images, 256)
-        ]
-        return torch.cat([features for features, _ in parts]), torch.cat([logits for _, logits in parts])
-
-    with torch.inference_mode():
-        predicted = look(torch.from_numpy(scenario.test.images))[1].argmax(1).numpy()
-        features, logits = look(torch.from_numpy(scenario.attack.stamp(scenario.test.images)))
-        triggered = logits.argmax(1).numpy()
-        fingerprints = look(pixels)[0]
-        traced = []
-        for i in evaluate.triggered_inputs(scenario, predicted)[:MAX_TRACED]:
-            near, _ = nearest_in_class(
-                features[i], label=int(triggered[i]), fingerprints=fingerprints, labels=labels, k=trace.neighbours
-            )
-            traced.append([references[n] for n in near])
-        scores = label_disagreement(fingerprints, labels, k=trace.suspicion_neighbours)
+    linked = Linked(scenario, preset, seed=seed)
+    lineage, test = Lineage(linked.rows), scenario.test.images
+    predicted = linked.look(torch.from_numpy(test))[1].numpy()
+    fingerprints, classes = linked.look(torch.from_numpy(scenario.attack.stamp(test)))
+    rows = evaluate.triggered_inputs(scenario, predicted)[:MAX_TRACED]
+    traced = [linked.nearest(fingerprints[row], int(classes[row])) for row in rows]
     return Figures(
         evaluate.accuracy(scenario, predicted),
-        evaluate.attack_success(scenario, triggered),
+        evaluate.attack_success(scenario, classes.numpy()),
         evaluate.trace_precision(traced, lineage),
         evaluate.trace_contributor_accuracy(traced, scenario.culprit),
-        evaluate.mislabel_auroc(dict(zip(references, scores.tolist(), strict=True)), lineage),
+        evaluate.mislabel_auroc(linked.suspicion(), lineage),
     )
 
 
@@ -133,8 +149,8 @@ def main() -> int:
     return int(any(missed.values()))
 
 
-def _line(values: object) -> str:
-    return " ".join(f"{value:20.4f}" for value in values)  # type: ignore[attr-defined]
+def _line(values: Iterable[float]) -> str:
+    return " ".join(f"{value:20.4f}" for value in values)
 
 
 if __name__ == "__main__":
