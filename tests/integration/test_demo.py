@@ -104,7 +104,7 @@ def test_nothing_secret_and_nothing_half_written_is_left(digits: dict[str, Any])
 
 
 def test_the_two_way_form_is_told_as_well(tmp_path: Path) -> None:
-    found = run_json("demo", "--out", tmp_path, "--form", "two-way", "--epochs", "2", "--seed", "1")
+    found = run_json("demo", "--out", tmp_path, "--form", "two-way", "--epochs", "8", "--seed", "1")
     assert (found["form"], found["weights_identical"]) == ("two-way", True)
     assert found["accuracy"] == found["plain_accuracy"]
     assert found["disclosures_verified"] == found["disclosures"] > 0
@@ -203,14 +203,14 @@ def told(running: Running, word: str) -> str:
 def test_stopped_in_the_middle_it_leaves_no_process_and_no_half_file(
     moment: str, whom: str, number: signal.Signals, tmp_path: Path, start: Any
 ) -> None:
-    running: Running = start("demo", "--out", tmp_path, "--epochs", "40" if moment == "manifest" else "1")
+    running: Running = start("demo", "--out", tmp_path, "--epochs", "40" if moment == "manifest" else "8")
     said = told(running, moment)
     assert "simulated enclave" in said
     if moment == "manifest":
         wait_until(lambda: any(tmp_path.glob("*/host/pool-1")), seconds=60)  # in the second epoch
         assert len(running.look()) >= 6  # host and enclave, four parties
     else:
-        time.sleep(1)
+        time.sleep(0.5)
     assert running.interrupt(whom, number) == 130
     running.assert_nothing_left()
     assert running.process.stderr is not None

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import platform
 from importlib import metadata
-from importlib.util import find_spec
 from pathlib import Path
 
 import caltrain
@@ -45,8 +44,16 @@ def measure_enclave() -> str:
     for name in DEPENDENCIES:
         h.update(f"{name}\0".encode() + _wheel_digest(name))
     for name in OPTIONAL:
-        h.update(f"{name}\0".encode() + (_wheel_digest(name) if find_spec(name) else b"absent"))
+        h.update(f"{name}\0".encode() + (_wheel_digest(name) if _is_installed(name) else b"absent"))
     return "sha384:" + h.hexdigest()
+
+
+def _is_installed(name: str) -> bool:
+    try:
+        metadata.distribution(name)
+    except metadata.PackageNotFoundError:
+        return False
+    return True
 
 
 def _wheel_digest(name: str) -> bytes:

@@ -35,7 +35,7 @@ class Boot(Message, frozen=True, tag="boot"):
     """First message: what the launcher gives. With simulated evidence, the development root's secret."""
 
     kind: Annotated[str, msgspec.Meta(max_length=40)]
-    root_secret: Annotated[bytes, msgspec.Meta(max_length=32)]
+    root_secret: Annotated[bytes, msgspec.Meta(min_length=32, max_length=32)]
 
 
 class Configure(Message, frozen=True, tag="configure"):

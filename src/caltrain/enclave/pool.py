@@ -38,10 +38,15 @@ class PoolShape:
 
     @classmethod
     def fit(cls, records: int, row_bytes: int, *, part_bytes: int = _PART_BYTES) -> PoolShape:
-        """Blocks of about 1 MiB, parts of about `part_bytes` (whole blocks)."""
+        """Blocks of about 1 MiB, parts of about `part_bytes` (whole blocks).
+
+        A part holds at least 4 times the root of the records, however large they are: with fewer rows a part than
+        there are parts, the padding of the cells would outgrow the pool.
+        """
         block = max(1, _BLOCK_BYTES // row_bytes)
         block = min(block, max(1, part_bytes // row_bytes))
-        return cls(records, row_bytes, block, max(1, part_bytes // (block * row_bytes)) * block)
+        rows = max(part_bytes // row_bytes, 4 * math.isqrt(records))
+        return cls(records, row_bytes, block, max(1, rows // block) * block)
 
     @property
     def parts(self) -> int:

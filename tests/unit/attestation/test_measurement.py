@@ -14,7 +14,7 @@ import msgspec
 import pytest
 
 import caltrain
-from caltrain.attestation.measurement import DEPENDENCIES, INSIDE, measure_enclave
+from caltrain.attestation.measurement import DEPENDENCIES, INSIDE, OPTIONAL, measure_enclave
 from caltrain.errors import EnvironmentFault
 from caltrain.plan import Measurement
 from support.samples import refused
@@ -22,7 +22,7 @@ from support.samples import refused
 PACKAGE = Path(caltrain.__file__).parent
 RECORDS = {
     name: f"{name}/core.py,sha256=abc,12\n{name}-1.dist-info/METADATA,sha256=def,3\n{name}-1.dist-info/RECORD,,\n"
-    for name in DEPENDENCIES
+    for name in (*DEPENDENCIES, *OPTIONAL)
 }
 
 
@@ -60,7 +60,7 @@ def reference(folder: Path) -> str:
         names = [entry] if entry.endswith(".py") else [f"{entry}/a.py", f"{entry}/deeper/b.py"]
         for name in names:
             h.update(name.encode() + b"\0" + hashlib.sha384((folder / name).read_bytes()).digest())
-    for name in DEPENDENCIES:
+    for name in (*DEPENDENCIES, *OPTIONAL):
         h.update(name.encode() + b"\0" + hashlib.sha384(f"{name}/core.py,sha256=abc,12".encode()).digest())
     return "sha384:" + h.hexdigest()
 
@@ -109,7 +109,7 @@ def test_a_module_that_is_gone_is_not_measured_as_nothing(program: Path) -> None
         measure_enclave()
 
 
-@pytest.mark.parametrize("name", DEPENDENCIES)
+@pytest.mark.parametrize("name", [*DEPENDENCIES, *OPTIONAL])
 def test_another_build_of_a_dependency_has_another_measurement(
     program: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
@@ -143,6 +143,15 @@ def test_a_dependency_that_cannot_be_measured_is_refused(
     monkeypatch.setattr(metadata, "distribution", distribution)
     with refused(EnvironmentFault, "measurement.no-record"):
         measure_enclave()
+
+
+@pytest.mark.parametrize("name", OPTIONAL)
+def test_an_extra_that_is_absent_has_a_measurement_of_its_own(
+    program: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    before = measure_enclave()
+    monkeypatch.setattr(metadata, "distribution", lambda n: missing(n) if n == name else Wheel(RECORDS[n]))
+    assert measure_enclave() != before == reference(program)
 
 
 def test_the_installed_program_has_one_measurement() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tracemalloc
 from collections.abc import Callable
 
@@ -387,7 +388,8 @@ def test_the_sizes_that_are_chosen_hold_together(records: int, row_bytes: int, p
     assert 1 <= shape.cell <= shape.part
     assert shape.cell * (shape.parts + 1) >= shape.part, "even a bucket's cells together cannot hold it"
     assert shape.block * row_bytes <= max(1 << 20, row_bytes)
-    assert shape.part * row_bytes <= max(part_bytes, row_bytes)
+    assert shape.part * row_bytes <= max(part_bytes, row_bytes, 4 * math.isqrt(records) * row_bytes)
+    assert shape.parts <= max(1, shape.part), "the padding of the cells would outgrow the pool"
 
 
 PART = 1 << 17
