@@ -128,7 +128,10 @@ def from_wire(fields: object) -> CaltrainError:
 
     def text(key: str, default: str) -> str:
         value = table.get(key)
-        return value[:_MAX_WIRE_TEXT] if isinstance(value, str) and value else default
+        if not isinstance(value, str):
+            return default
+        # Control characters would let the other side write over the reader's terminal.
+        return "".join(c for c in value[:_MAX_WIRE_TEXT] if c.isprintable()) or default
 
     family = FAMILIES.get(text("family", ""), ProtocolError)
     return family(

@@ -92,3 +92,8 @@ def test_everything_that_decoding_raises_is_named(raw: bytes) -> None:
     for decode in (msgspec.json.decode, msgspec.msgpack.decode):
         with pytest.raises(UNDECODABLE):
             decode(raw + b"\xc1", type=dict[str, str])
+
+
+def test_the_other_sides_text_cannot_write_on_the_terminal() -> None:
+    error = from_wire({"family": "DataError", "code": "a.b", "what": "x\x1b[2Jy\r\x07", "step": "\x00", "fix": "z"})
+    assert (error.what, error.step) == ("x[2Jy", "remote")

@@ -56,7 +56,7 @@ def seal_records(
             fix="Give labels as numbers of classes.",
         )
     encoded = [encode_record(schema, image, int(label)) for image, label in zip(images, labels, strict=True)]
-    kept, dropped = _distinct(encoded, drop=drop_duplicates)
+    kept, dropped = _distinct(encoded, _sealed_keys(identity, schema), drop=drop_duplicates)
     groups = [tuple(kept[i : i + shard_records]) for i in range(0, len(kept), shard_records)]
     if not groups or len(groups) > MAX_SHARDS:
         raise DataError(
@@ -93,8 +93,22 @@ def plan_labels(part: Dataset, schema: DataSchema) -> NDArray[np.int64]:
     return table[part.labels]
 
 
-def _distinct(encoded: list[bytes], *, drop: bool) -> tuple[list[int], list[int]]:
+def _sealed_keys(identity: Identity, schema: DataSchema) -> dict[bytes, int]:
+    """Keys of the records that this party has sealed before: the enclave takes each of a party's records once."""
     seen: dict[bytes, int] = {}
+    for path in sorted((identity.folder / "shards").glob("*.shard")):
+        header, step = read_own_header(identity, path), f"read {path.name}"
+        if header.schema != schema.digest():
+            continue
+        with path.open("rb") as file:
+            shards.read_header(file, step=step)
+            chunks = shards.read_chunks(file)
+            frames = shards.open_frames(header, identity.data_key, chunks, schema=schema, step=step)
+            seen |= {shards.record_key(record): -1 for _, _, record in frames}
+    return seen
+
+
+def _distinct(encoded: list[bytes], seen: dict[bytes, int], *, drop: bool) -> tuple[list[int], list[int]]:
     kept: list[int] = []
     dropped: list[int] = []
     for row, record in enumerate(encoded):
@@ -103,7 +117,7 @@ def _distinct(encoded: list[bytes], *, drop: bool) -> tuple[list[int], list[int]
     if dropped and not drop:
         raise DataError(
             "seal.duplicate-record",
-            f"{len(dropped)} records repeat others, the first is row {dropped[0]}",
+            f"{len(dropped)} records repeat others, or are sealed already; the first is row {dropped[0]}",
             step="seal",
             fix="Remove them, or seal with --drop-duplicates.",
         )

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 
+from pathlib import Path
+
 from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -61,7 +63,13 @@ def print_result(result: DemoResult, console: Console) -> None:
     console.print(table)
     console.print(simulated_note())
     console.print("center not audited: a hostile host could have planted what no record shows.")
-    console.print(Text.assemble("report: ", plain(result.report)), soft_wrap=True)
+    console.print(Text.assemble("report: ", plain(_near(result.report))), soft_wrap=True)
+
+
+def _near(path: str) -> str:
+    """A path as the reader would type it: relative where it lies below the present folder."""
+    here = Path.cwd()
+    return str(Path(path).relative_to(here)) if Path(path).is_relative_to(here) else path
 
 
 def print_doctor(report: DoctorReport, *, measurement: str, console: Console) -> None:

@@ -63,9 +63,25 @@ def test_every_record_is_in_the_shard_and_leaf_that_is_said(alpha: Identity, siz
     assert list(own_shards(alpha)) == sorted(listed, key=lambda shard: shard.shard)
 
 
-def test_sealing_twice_gives_other_shards(alpha: Identity) -> None:
+def test_the_same_records_are_not_sealed_twice(alpha: Identity) -> None:
+    seal_records(alpha, BYTES, images(5), LABELS[:5])
+    before = tree(alpha.folder)
+    with refused(DataError, "seal.duplicate-record"):
+        seal_records(alpha, BYTES, images(), LABELS)
+    assert tree(alpha.folder) == before
+    more = seal_records(alpha, BYTES, images(), LABELS, drop_duplicates=True)
+    assert (more.rows, more.dropped) == (((5, 6),), (0, 1, 2, 3, 4))
+    assert sum(shard.records for shard in own_shards(alpha)) == 7
+
+
+def test_what_was_sealed_for_another_schema_is_no_copy(alpha: Identity) -> None:
+    seal_records(alpha, FLOATS, images(schema=FLOATS), LABELS)
+    assert seal_records(alpha, BYTES, images(), LABELS).dropped == ()
+
+
+def test_the_same_records_of_another_party_make_other_shards(alpha: Identity, tmp_path: Path) -> None:
     one = seal_records(alpha, BYTES, images(), LABELS).headers[0]
-    other = seal_records(alpha, BYTES, images(), LABELS).headers[0]
+    other = seal_records(create_identity(tmp_path / "beta", "beta"), BYTES, images(), LABELS).headers[0]
     assert one.shard != other.shard
     assert one.root != other.root
 
@@ -165,7 +181,7 @@ def test_a_disk_that_runs_full_leaves_the_shards_that_were_there(alpha: Identity
     seal_records(alpha, BYTES, images(), LABELS)
     before = tree(alpha.folder)
     with files_end_at(300), refused(EnvironmentFault, "party.not-written"):
-        seal_records(alpha, BYTES, images(), LABELS)
+        seal_records(alpha, BYTES, images() + 100, LABELS)
     assert tree(alpha.folder) == before
 
 
