@@ -6,7 +6,6 @@ Every text comes from outside: a host, a file, a path. None is read as markup, a
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-
 from pathlib import Path
 
 from rich.console import Console, RenderableType
