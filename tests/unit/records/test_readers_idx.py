@@ -114,11 +114,16 @@ def test_damaged_gzip_files_raise(data: st.DataObject) -> None:
         folder = write(Path(name), packed=True)
         path = folder / f"{TRAIN_IMAGES}.gz"
         raw = bytearray(path.read_bytes())
+        whole = read_idx(folder).train.images
         path.write_bytes(raw[: data.draw(st.integers(0, len(raw) - 1))])
         with pytest.raises(DataError, match=r"^reader\."):
             read_idx(folder)
         # Flags, time and system are unprotected; from byte 10 on, the stream and its CRC are.
         raw[data.draw(st.integers(10, len(raw) - 1))] ^= data.draw(st.integers(1, 255))
         path.write_bytes(raw)
-        with pytest.raises(DataError, match=r"^reader\."):
-            read_idx(folder)
+        try:
+            images = read_idx(folder).train.images
+        except DataError as error:
+            assert error.code.startswith("reader.")
+        else:  # a bit of the padding behind the last block, which nothing reads
+            assert np.array_equal(images, whole)
