@@ -125,7 +125,7 @@ def test_the_fingerprints_explain_the_reported_suspicion(ternary: Examined) -> N
     scores = torch.empty(len(order))
     scores[order] = label_disagreement(ternary.fingerprints, ternary.labels[order], k=k)
     reports = ternary.outcome.suspicion
-    reported = [s for party in manifest.parties for e in party.shards for s in reports[party.name].scores[e.shard]]
+    reported = [s for party in manifest.parties for e in party.shards for s in reports[party.name].of(e.shard)]
     assert [round(float(score) * 1000) for score in scores] == reported
 
 

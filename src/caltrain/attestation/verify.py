@@ -23,7 +23,7 @@ from caltrain.attestation.simulated import SimulatedQuote
 from caltrain.crypto import dsse
 from caltrain.crypto.digests import same
 from caltrain.errors import AttestationError, IntegrityError
-from caltrain.plan import Measurement
+from caltrain.plan import Measurement, Plan
 
 
 class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -82,6 +82,19 @@ def verify_simulated(bundle: EvidenceBundle, policy: Policy, *, collateral: byte
 
 
 VERIFIERS: Mapping[str, Verifier] = {SIMULATED: verify_simulated}
+
+
+def match_plan(measurement: str, plan: Plan) -> None:
+    """Raise AttestationError `evidence.not-the-plans` unless the plan names this measurement.
+
+    A policy may accept several programs; a run is of the one that all parties agreed on.
+    """
+    if measurement != plan.enclave.measurement:
+        raise _refuse(
+            "evidence.not-the-plans",
+            f"the enclave runs {measurement}, the plan names {plan.enclave.measurement}",
+            "Refuse this enclave: its operator started another program than the one that was agreed on.",
+        )
 
 
 def verify_evidence(

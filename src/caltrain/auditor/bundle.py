@@ -5,7 +5,7 @@ The trust anchor is the plan's digest, which the auditor knows from elsewhere (e
   (2) every party countersigned the manifest, so its enclave keys and shard roots are what all of them verified;
   (3) the manifest and the linked model are signed by that enclave;
   (4) the trace is signed by it, and is of the linked model;
-  (5) the chain is whole, signed, and holds plan, manifest and link;
+  (5) the chain is whole, signed, holds plan, manifest and link, and reaches to where the trace was asked for;
   (6) each disclosure is signed by its contributor, names a record of the trace, hashes to its commitment, and is in
       the shard whose root the manifest holds.
 It does not show that the enclave was genuine: that is what the parties verified before they countersigned.
@@ -88,6 +88,8 @@ def verify_bundle(bundle: TraceBundle, *, plan_digest: str, head: str | None = N
         raise _refuse("bundle.other-model", "trace, link and manifest are not of one run and model")
     events = verify_chain(bundle.chain, run=manifest.run, signing_key=key, head=head)  # (5)
     _check_events(events, plan=plan, manifest=manifest, model=linked.model)
+    if trace.head not in {event.digest() for event in events}:
+        raise _refuse("bundle.other-chain", "the chain ends before, or forks before, the trace was asked for")
     records = dict(_disclosed(envelope, plan, manifest, trace) for envelope in bundle.disclosures)  # (6)
     return Verified(
         plan=plan.digest(),
@@ -108,8 +110,11 @@ def _manifest(bundle: TraceBundle, plan: Plan) -> RunManifest:
     manifest = open_envelope(
         bundle.manifest, "run-manifest", bundle.manifest.signer, RunManifest, step="verify manifest"
     )
-    if manifest.enclave_signing_key != bundle.manifest.signer or manifest.plan != plan.digest():
-        raise _refuse("bundle.other-manifest", "the manifest is of another plan, or not signed by its enclave")
+    named = (manifest.plan, manifest.measurement, manifest.enclave_signing_key)
+    if named != (plan.digest(), plan.enclave.measurement, bundle.manifest.signer):
+        raise _refuse(
+            "bundle.other-manifest", "the manifest is of another plan or program, or not signed by its enclave"
+        )
     for party in plan.parties:
         envelope = bundle.countersignatures.get(party.name)
         if envelope is None:

@@ -8,6 +8,7 @@ opens in one enclave, for one plan, one purpose and one nonce only.
 from __future__ import annotations
 
 import base64
+import struct
 from typing import Annotated, Literal, TypeVar
 
 import msgspec
@@ -71,7 +72,7 @@ class Neighbour(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
 
 
 class TraceStatement(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """What the enclave signs about one traced input (DSSE kind `trace`)."""
+    """What the enclave signs about one traced input (DSSE kind `trace`). `head` is the chain's when it was asked."""
 
     run: ShardId
     model: Digest
@@ -79,6 +80,7 @@ class TraceStatement(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     nonce: Nonce
     index: int
     input_commitment: Digest
+    head: Digest
     predicted: int
     neighbours: tuple[Neighbour, ...]
     center_audited: bool
@@ -104,10 +106,17 @@ class ReleasedPart(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
 
 
 class SuspicionReport(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Label disagreement of a party's own records after the link pass, in steps of 1/1000: (shard, leaf) to score."""
+    """Label disagreement of a party's own records after the link pass, in steps of 1/1000.
+
+    Two bytes a record (little endian), so that the size of the sealed report does not tell how many are suspicious.
+    """
 
     model: Digest
-    scores: dict[ShardId, tuple[int, ...]]
+    scores: dict[ShardId, bytes]
+
+    def of(self, shard: str) -> tuple[int, ...]:
+        """Scores of a shard's records, by leaf."""
+        return struct.unpack(f"<{len(self.scores[shard]) // 2}H", self.scores[shard])
 
 
 class DisclosureNote(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

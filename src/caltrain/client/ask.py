@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from caltrain.attestation.evidence import EvidenceBundle
-from caltrain.attestation.verify import Claims, Policy, verify_evidence
+from caltrain.attestation.verify import Claims, Policy, match_plan, verify_evidence
 from caltrain.boundary.sealed import (
     MAX_QUESTIONS,
     MAX_SEALED,
@@ -62,6 +62,7 @@ def ask(
     nonce = os.urandom(32).hex()
     bundle = host.get("/v1/attestation", EvidenceBundle, params={"purpose": "query", "nonce": nonce})
     claims = verify_evidence(bundle, policy, purpose="query", plan=plan.digest(), nonce=nonce, now=clock())
+    match_plan(claims.measurement, plan)
     raw = np.ascontiguousarray(inputs)
     question = Question(kind=kind, count=len(raw), inputs=raw.tobytes(), answer_key=os.urandom(32))
     envelope = seal_message("query", question, binding=bundle.binding, sender=user, signer=signer)

@@ -121,8 +121,9 @@ def suspicion(joined: JoinResults) -> dict[RecordRef, float]:
     scores: dict[RecordRef, float] = {}
     for name, result in joined.items():
         raw = (Path(result["folder"]) / "suspicion.json").read_bytes()
-        for shard, values in msgspec.json.decode(raw, type=SuspicionReport).scores.items():
-            scores |= {RecordRef(name, shard, leaf): value / 1000 for leaf, value in enumerate(values)}
+        report = msgspec.json.decode(raw, type=SuspicionReport)
+        for shard in report.scores:
+            scores |= {RecordRef(name, shard, leaf): value / 1000 for leaf, value in enumerate(report.of(shard))}
     return scores
 
 

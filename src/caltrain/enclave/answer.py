@@ -29,6 +29,7 @@ from caltrain.plan import Plan, User
 from caltrain.training.batches import normalise
 
 _BATCH = 256
+MAX_SCORES = 1 << 20
 
 
 def query(run: Run, message: Query) -> tuple[Done, State]:
@@ -66,6 +67,13 @@ def _inputs(plan: Plan, question: Question) -> Tensor:
             step="query",
             fix="Send inputs of the plan's shape and element type.",
         )
+    if question.count * len(plan.data.classes) > MAX_SCORES:
+        raise DataError(
+            "query.too-many",
+            f"{question.count} inputs with {len(plan.data.classes)} scores each, at most {MAX_SCORES} in all",
+            step="query",
+            fix="Ask about fewer inputs at a time.",
+        )
     array = np.frombuffer(question.inputs, plan.data.numpy_dtype).reshape(-1, *plan.data.shape)
     if not np.isfinite(array).all():
         raise DataError("query.not-finite", "an input holds NaN or infinity", step="query", fix="Correct the input.")
@@ -91,11 +99,12 @@ def _answer(run: Run, question: Question, inputs: Tensor, *, user: User, nonce: 
         embedding, logits = features_and_logits(model, x)
         features.append(embedding)
         scores.append(logits.softmax(1))
-    probabilities = torch.cat(scores)
-    if not bool(probabilities.isfinite().all()):
+    probabilities, embeddings = torch.cat(scores), torch.cat(features)
+    # A norm that overflows leaves an embedding of zeros, which is equally far from every record.
+    if not bool(probabilities.isfinite().all() and embeddings.any(dim=1).all()):
         raise DataError(
             "query.overflow",
-            "the model's values for an input are not finite numbers",
+            "the model's values for an input are not finite, or leave it without a fingerprint",
             step="query",
             fix="Send inputs of the size that the model was trained on.",
         )
@@ -105,7 +114,7 @@ def _answer(run: Run, question: Question, inputs: Tensor, *, user: User, nonce: 
         return Answers(model=run.model_digest, predicted=predicted, scores=table, budget_left=left)
     traces = tuple(
         _trace(run, plan, embedding, label, bytes(inputs[i].numpy().tobytes()), user=user, nonce=nonce, index=i)
-        for i, (embedding, label) in enumerate(zip(torch.cat(features), predicted, strict=True))
+        for i, (embedding, label) in enumerate(zip(embeddings, predicted, strict=True))
     )
     return Answers(model=run.model_digest, predicted=predicted, traces=traces, budget_left=left)
 
@@ -139,6 +148,7 @@ def _trace(
         index=index,
         # The nonce is the user's own: with input and nonce they can show later which input this trace is of.
         input_commitment=digest("input/v1", bytes.fromhex(nonce), pixels),
+        head=run.chain.head,
         predicted=label,
         neighbours=neighbours,
         center_audited=False,
@@ -161,7 +171,9 @@ def record_disclosure(run: Run, message: RecordDisclosure) -> tuple[Done, State]
             step="disclosure",
             fix="Disclose a record that a trace of this run named as yours.",
         )
-    run.record("disclosure", {"party": party.name, "commitment": note.commitment})
+    body: dict[str, object] = {"party": party.name, "commitment": note.commitment}
+    if not run.chain.holds("disclosure", body):  # a note says the same however often the host repeats it
+        run.record("disclosure", body)
     return Done(), State.LINKED
 
 

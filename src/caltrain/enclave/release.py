@@ -137,7 +137,10 @@ def _suspicion(run: Run) -> dict[str, bytes]:
     table = {(r.party, r.shard, r.leaf): round(float(s) * 1000) for r, s in zip(linkage.records, scores, strict=True)}
     sealed: dict[str, bytes] = {}
     for party in manifest.parties:
-        own = {s.shard: tuple(table[party.name, s.shard, leaf] for leaf in range(s.records)) for s in party.shards}
+        own = {
+            s.shard: b"".join(table[party.name, s.shard, leaf].to_bytes(2, "little") for leaf in range(s.records))
+            for s in party.shards
+        }
         report = SuspicionReport(model=run.model_digest, scores=own)
         key = run.vault.parties[party.name].data_key
         sealed[party.name] = seal_for(key, "suspicion/v1", report, context=run.vault.run)

@@ -16,7 +16,7 @@ from caltrain.boundary.tensors import Role
 from caltrain.crypto.digests import to_text
 from caltrain.enclave.ingest import unpack
 from caltrain.enclave.run import Run, State, present
-from caltrain.errors import ProtocolError
+from caltrain.errors import DataError, ProtocolError
 from caltrain.models.spec import layer_shapes
 from caltrain.models.weights import model_digest, state_of
 from caltrain.plan import Plan
@@ -53,6 +53,13 @@ def train_epoch(run: Run, message: TrainEpoch) -> tuple[Done, State]:
 def _step(run: Run, x: Tensor, labels: Tensor, *, step: int, steps: int) -> float:
     front, epoch = present(run.front), run.epoch
     ir = front.forward(x, epoch=epoch, step=step, needs_input_grad=False)
+    if not bool(ir.isfinite().all()):
+        raise DataError(
+            "train.overflow",
+            "the FrontNet's values for a batch are not finite numbers",
+            step="train",
+            fix="Lower the learning rate; with f32 data, look for records with huge elements.",
+        )
     if run.head is None:
         outgoing: dict[Role, Tensor] = {"ir": ir, "labels": labels}
         loss = float(_exchange(run, outgoing, "loss", (1,), step))

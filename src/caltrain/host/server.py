@@ -49,6 +49,11 @@ def serve(plan: Plan, *, folder: Path, sock: socket.socket, root: SigningKey, au
     store.renew()
     conductor = Conductor(plan, store, root_secret=root.private_bytes(), auto_start=auto_start)
     config = uvicorn.Config(
-        create_app(conductor), log_level="warning", access_log=False, timeout_graceful_shutdown=5, lifespan="on"
+        create_app(conductor),
+        log_level="warning",
+        access_log=False,
+        limit_concurrency=256,
+        timeout_graceful_shutdown=5,
+        lifespan="on",
     )
     uvicorn.Server(config).run(sockets=[sock])

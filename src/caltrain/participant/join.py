@@ -19,7 +19,7 @@ from datetime import datetime
 from typing import Any
 
 from caltrain.attestation.evidence import Binding, EvidenceBundle
-from caltrain.attestation.verify import Claims, Policy, verify_evidence
+from caltrain.attestation.verify import Claims, Policy, match_plan, verify_evidence
 from caltrain.boundary.sealed import PartySecret, ProvisionReceipt, seal_message, transcript_digest
 from caltrain.crypto.dsse import Envelope, open_envelope
 from caltrain.errors import IntegrityError, ProvisioningError
@@ -108,6 +108,7 @@ def provision(
     nonce = os.urandom(32).hex()
     bundle = host.get("/v1/attestation", EvidenceBundle, params={"purpose": "training", "nonce": nonce})
     claims = verify_evidence(bundle, policy, purpose="training", plan=plan.digest(), nonce=nonce, now=clock())
+    match_plan(claims.measurement, plan)
     secret = PartySecret(data_key=identity.data_key, entropy=os.urandom(32), shards=shards)
     envelope = seal_message("provision", secret, binding=bundle.binding, sender=identity.name, signer=identity.signer)
     signed = host.post(f"/v1/parties/{identity.name}/provision", envelope, Envelope)

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from caltrain.crypto import dsse
-from caltrain.crypto.digests import Digest, canonical_json, digest, same
+from caltrain.crypto.digests import Digest, canonical_json, digest, hash_parts, same
 from caltrain.errors import LineageError
 from caltrain.records.commitment import ShardId
 
@@ -62,6 +62,11 @@ class Chain:
         self.run = run
         self.head = empty_head(run)
         self._length = 0
+        self._bodies: set[bytes] = set()
+
+    def holds(self, kind: EventKind, body: dict[str, Any]) -> bool:
+        """Whether an event of this kind and body is in the chain already."""
+        return _body_key(kind, body) in self._bodies
 
     def append(self, kind: EventKind, body: dict[str, Any]) -> dsse.Envelope:
         """Sign the next event. Raises LineageError `chain.full` after 2**20 events."""
@@ -70,7 +75,12 @@ class Chain:
         event = Event(run=self.run, sequence=self._length, previous=self.head, kind=kind, body=body)
         self.head = event.digest()
         self._length += 1
+        self._bodies.add(_body_key(kind, body))
         return self._signer.sign("event", event)
+
+
+def _body_key(kind: EventKind, body: dict[str, Any]) -> bytes:
+    return hash_parts("event-body/v1", kind.encode(), canonical_json(body))
 
 
 def verify_chain(

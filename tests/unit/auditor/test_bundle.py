@@ -189,6 +189,16 @@ def test_step_3_a_manifest_of_another_plan_is_refused_though_all_signed_it(audit
     )
 
 
+def test_step_3_a_manifest_of_another_program_is_refused_though_all_signed_it(audit: Audit) -> None:
+    manifest = msgspec.structs.replace(audit.world.manifest, measurement="sha384:" + "cd" * 48)
+    audit.refused(
+        LineageError,
+        "bundle.other-manifest",
+        manifest=audit.signing.sign("run-manifest", manifest),
+        countersignatures=countersigned(audit, manifest),
+    )
+
+
 def test_step_3_an_enclave_that_nobody_countersigned_proves_nothing(audit: Audit) -> None:
     own = SigningKey()
     manifest = msgspec.structs.replace(audit.world.manifest, enclave_signing_key=own.public)
@@ -257,8 +267,8 @@ def test_step_5_a_chain_of_another_key_is_refused(audit: Audit) -> None:
     audit.refused(IntegrityError, "signature.invalid", chain=(chain.append("plan", {}),))
 
 
-def test_step_5_plan_manifest_and_link_are_all_that_a_chain_needs(audit: Audit) -> None:
-    audit.verify(chain=chain_of(audit, missing="", how=""))
+def test_step_5_a_chain_that_does_not_reach_the_trace_is_refused(audit: Audit) -> None:
+    audit.refused(LineageError, "bundle.other-chain", chain=chain_of(audit, missing="", how=""))
 
 
 def chain_of(audit: Audit, *, missing: str, how: str) -> Events:

@@ -231,6 +231,7 @@ def answered(kind: str, count: int, *, simulated: bool = True) -> Answered:
             nonce="0" * 64,
             index=index,
             input_commitment=DIGEST,
+            head=DIGEST,
             predicted=7,
             neighbours=tuple(
                 Neighbour(rank=rank, record=RecordRef(party, SHARD, index), distance=0.25, commitment=DIGEST)

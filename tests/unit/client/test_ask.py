@@ -228,6 +228,19 @@ def test_an_enclave_that_the_policy_does_not_accept_gets_no_question(
     asking.refused(AttestationError, code, requests=1)
 
 
+def test_a_program_that_we_accept_but_the_plan_does_not_name_gets_no_question(asking: Asking) -> None:
+    other = "sha384:" + "cd" * 48
+    asking.policy = msgspec.structs.replace(asking.policy, measurements=(*asking.policy.measurements, other))
+
+    def edited(body: bytes) -> bytes:
+        binding = msgspec.json.decode(body, type=EvidenceBundle).binding
+        attester = SimulatedAttester(asking.world.root, measurement=other)
+        return msgspec.json.encode(EvidenceBundle(binding=binding, evidence=attester.evidence(binding.report_data())))
+
+    asking.host.edit["/v1/attestation"] = edited
+    asking.refused(AttestationError, "evidence.not-the-plans", requests=1)
+
+
 def test_evidence_with_the_hosts_own_key_gets_no_question(asking: Asking) -> None:
     def edited(body: bytes) -> bytes:
         bundle = msgspec.json.decode(body, type=EvidenceBundle)

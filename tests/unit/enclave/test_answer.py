@@ -277,6 +277,7 @@ def test_a_trace_says_of_which_input_run_model_and_user_it_is() -> None:
     asked = world.question("trace", INPUTS)
     given = answers(world, asked)
     nonce = asked.bundle.binding.nonce
+    before = world.chain()[-2]  # the last event is that of this question
     for index, trace in enumerate(traces(world, given)):
         assert msgspec.structs.replace(trace, neighbours=()) == TraceStatement(
             run=world.run.vault.run,
@@ -285,6 +286,7 @@ def test_a_trace_says_of_which_input_run_model_and_user_it_is() -> None:
             nonce=nonce,
             index=index,
             input_commitment=digest("input/v1", bytes.fromhex(nonce), INPUTS[index].tobytes()),
+            head=before.digest(),
             predicted=given.predicted[index],
             neighbours=(),
             center_audited=False,
@@ -372,3 +374,33 @@ def test_the_owners_note_becomes_an_event() -> None:
     world.done(note("beta", "beta")(world))
     event = world.chain()[-1]
     assert (event.kind, event.body) == ("disclosure", {"party": "beta", "commitment": own_commitment(world, "beta")})
+
+
+# --- what a hostile host or user may try besides ---------------------------------------------------------------------
+
+
+def test_a_note_that_the_host_repeats_is_one_event() -> None:
+    world = linked()
+    beta = world.parties["beta"]
+    note = beta.note(run=world.run.vault.run, commitment=to_text(beta.shards[0].commitment(0)))
+    for _ in range(3):
+        world.done(m.RecordDisclosure("beta", note))
+    assert [event.kind for event in world.chain()].count("disclosure") == 1
+
+
+def test_an_answer_that_would_not_fit_through_the_door_is_not_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = linked()
+    monkeypatch.setattr(answer, "MAX_SCORES", len(INPUTS) * len(world.plan.data.classes) - 1)
+    asked = world.question("predict", INPUTS)
+    world.refused(m.Query(asked.user, asked.envelope), "query.too-many")
+
+
+def test_an_input_without_a_fingerprint_is_not_traced() -> None:
+    world = linked(dtype="f32")
+    # The features are finite, their norm is not: what is left is a vector of zeros.
+    asked = world.question("trace", np.full((1, *world.plan.data.shape), 1e25, "<f4"))
+    events = len(world.chain())
+    reply = world.send(m.Query("una", asked.envelope))
+    assert isinstance(reply, m.Failed)
+    assert (reply.error["code"], reply.fatal) == ("query.overflow", False)
+    assert len(world.chain()) == events

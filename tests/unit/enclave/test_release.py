@@ -310,7 +310,7 @@ def test_a_party_learns_how_suspicious_its_own_records_are_and_nothing_of_the_ot
         assert set(report.scores) == {shard.header.shard for shard in party.shards}
         for shard in party.shards:
             own = [expected[party.name, shard.header.shard, leaf] for leaf in range(len(shard.records))]
-            np.testing.assert_allclose(np.array(report.scores[shard.header.shard]) / 1000, own, atol=2e-3)
+            np.testing.assert_allclose(np.array(report.of(shard.header.shard)) / 1000, own, atol=2e-3)
         for other in set(PARTIES) - {party.name}:
             with pytest.raises(IntegrityError) as raised:
                 suspicion(world, party.name, world.parties[other].data_key)
@@ -326,7 +326,7 @@ def test_a_single_record_has_no_neighbours_and_is_not_suspicious() -> None:
     world.parties = {"alpha": world.parties["alpha"]}
     world.run_to(State.LINKED)
     alpha = world.parties["alpha"]
-    assert suspicion(world, "alpha", alpha.data_key).scores == {alpha.shards[0].header.shard: (0,)}
+    assert suspicion(world, "alpha", alpha.data_key).of(alpha.shards[0].header.shard) == (0,)
 
 
 @pytest.mark.parametrize("position", [0, 20, -1])

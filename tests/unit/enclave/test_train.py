@@ -387,3 +387,13 @@ def test_a_pool_that_is_not_as_it_was_written_stops_the_run(name: str) -> None:
     attack(world)
     world.refused(m.TrainEpoch(0), code)
     assert not world.host.out()
+
+
+def test_records_that_blow_up_the_front_stop_the_run_and_not_in_the_hosts_name() -> None:
+    world = World(dtype="f32").run_to(State.READY)
+    front = world.run.front
+    assert front is not None
+    for parameter in front.module.parameters():
+        parameter.data.fill_(3e38)
+    world.refused(m.TrainEpoch(0), "train.overflow")
+    assert [h for h in world.host.out() if h.role == "ir"] == []

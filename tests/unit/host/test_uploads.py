@@ -7,6 +7,7 @@ import struct
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import msgspec
 import numpy as np
@@ -16,6 +17,7 @@ from caltrain.host import uploads
 from caltrain.host.api import create_app
 from caltrain.host.conductor import Conductor
 from caltrain.host.store import Store
+from caltrain.plan import RunManifest
 from caltrain.records import shard as shards
 from caltrain.records.schema import DataSchema
 from support.asgi import Answered, call
@@ -44,7 +46,7 @@ class Host:
     store: Store
 
     def __post_init__(self) -> None:
-        conductor = Conductor(PLAN, self.store, root_secret=bytes(32), auto_start=True)
+        self.conductor = conductor = Conductor(PLAN, self.store, root_secret=bytes(32), auto_start=True)
         self.woken: list[bool] = []
         conductor.notify = lambda: self.woken.append(True)  # type: ignore[method-assign]
         self.app = create_app(conductor)
@@ -89,6 +91,16 @@ def test_a_whole_shard_is_kept_as_it_was_sent(host: Host, size: int) -> None:
     assert msgspec.json.decode(got.body, type=shards.ShardHeader) == shard.header
     assert tree(host.store.root) == {f"shards/alpha/{shard.header.shard}": shard.raw}
     assert host.woken
+
+
+def test_after_the_manifest_a_shard_that_is_there_is_not_replaced(host: Host) -> None:
+    shard = sealed()
+    assert host.put(shard).status == 200
+    before = tree(host.store.root)
+    host.conductor.manifest = cast(RunManifest, object())
+    got = host.put(shard, [shard.raw[: shard.frames_at], bytes(len(shard.raw) - shard.frames_at)])
+    assert (got.status, got.error["code"]) == (409, "upload.closed")
+    assert tree(host.store.root) == before
 
 
 def header_bits(shard: Shard) -> Iterator[bytes]:

@@ -95,6 +95,7 @@ GARBAGE = {
     "an overlap": safetensors({"a": entry(), "b": entry(start=0, stop=4)}, bytes(4)),
     "a size that is not its bytes": safetensors({"a": entry(shape=[2])}, bytes(4)),
     "a size beyond 64 bits": safetensors({"a": entry(shape=[1 << 40, 1 << 40])}, bytes(4)),
+    "a size beyond numbers, of no bytes": safetensors({"a": entry(shape=[1 << 63, 0], start=0, stop=0)}),
     "a negative size": safetensors({"a": entry(shape=[-1])}, bytes(4)),
     "a pickle": b"\x80\x04\x95\x0b\x00\x00\x00\x00\x00\x00\x00\x8c\x07builtin\x94.",
     "a zip": b"PK\x03\x04" + bytes(100),

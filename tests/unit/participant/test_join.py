@@ -251,6 +251,17 @@ def test_an_enclave_that_the_policy_does_not_accept_gets_no_key(
     assert joining.world.run.vault.parties == {}
 
 
+def test_a_program_that_we_accept_but_the_plan_does_not_name_gets_no_key(joining: Joining) -> None:
+    other = "sha384:" + "cd" * 48
+    joining.policy = msgspec.structs.replace(joining.policy, measurements=(*joining.policy.measurements, other))
+    edit = quoted(joining, measurement=other)
+    joining.host.edit["/v1/attestation"] = lambda body: msgspec.json.encode(
+        edit(msgspec.json.decode(body, type=EvidenceBundle))
+    )
+    joining.refused(AttestationError, "evidence.not-the-plans", posts=1)
+    assert joining.world.run.vault.parties == {}
+
+
 def test_evidence_that_the_enclave_gave_for_another_request_gets_no_key(joining: Joining) -> None:
     joining.host.edit["/v1/attestation"] = lambda _: msgspec.json.encode(joining.world.attest())
     joining.refused(AttestationError, "evidence.other-nonce", posts=1)
