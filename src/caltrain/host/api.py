@@ -145,14 +145,9 @@ def _party_routes(app: FastAPI, conductor: Conductor) -> None:
 
     @app.put("/v1/parties/{party}/shards/{shard}")
     async def put_shard(party: str, shard: str, request: Request) -> Response:
-        if conductor.manifest is not None and shard in conductor.store.shard_ids(party):
-            raise ProtocolError(
-                "upload.closed",
-                f"shard {shard[:40]!r} of {party} is here, and the manifest is made",
-                step="receive shard",
-                fix="Nothing is to be done: the shard that was sent before is the one that counts.",
-            )
-        header = await receive_shard(conductor.store, conductor.plan, party, shard, request)
+        header = await receive_shard(
+            conductor.store, conductor.plan, party, shard, request, replace=conductor.manifest is None
+        )
         conductor.notify()
         return _json(header)
 

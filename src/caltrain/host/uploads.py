@@ -18,8 +18,12 @@ _HEAD = len(shards.MAGIC) + 4 + shards.MAX_HEADER_BYTES
 _STEP = "receive shard"
 
 
-async def receive_shard(store: Store, plan: Plan, party: str, shard_id: str, request: Request) -> shards.ShardHeader:
+async def receive_shard(
+    store: Store, plan: Plan, party: str, shard_id: str, request: Request, *, replace: bool
+) -> shards.ShardHeader:
     """Stream a shard of `party` into the store. Nothing stays unless header, signature, name and length all fit.
+
+    Without `replace` a shard that is there already is received, and left as it is.
 
     Raises AccessError for an unknown party, IntegrityError for a bad shard, ProtocolError `upload.too-large`,
     `upload.too-many`.
@@ -56,7 +60,9 @@ async def receive_shard(store: Store, plan: Plan, party: str, shard_id: str, req
                 step=_STEP,
                 fix="Send the whole shard again.",
             )
-        await run_in_threadpool(store.publish, file, f"shards/{party}/{shard_id}")
+        # A header seen on the wire lets anybody send it before other frames: what is there stays, once it counts.
+        if replace or shard_id not in store.shard_ids(party):
+            await run_in_threadpool(store.publish, file, f"shards/{party}/{shard_id}")
     return header
 
 
