@@ -17,7 +17,7 @@ from caltrain.crypto import dsse
 from caltrain.crypto.digests import Digest, canonical_json, digest
 from caltrain.crypto.hpke import HpkePublicKey
 from caltrain.errors import UNDECODABLE, AccessError, ConfigError, IntegrityError
-from caltrain.models.spec import ModelSpec, Partition, check_model
+from caltrain.models.spec import ModelSpec, Partition, check_model, inner_weights
 from caltrain.records.commitment import PartyName, ShardId
 from caltrain.records.schema import DataSchema, check_schema
 from caltrain.records.shard import MAX_SHARD_RECORDS
@@ -26,6 +26,8 @@ from caltrain.training.spec import TrainingSpec
 MAX_PLAN_BYTES = 1 << 20
 MAX_PARTIES = 256
 MAX_SHARDS = 4096
+MAX_RELEASE = 48 << 20
+"""Bytes of all sealed parts together: they leave the enclave in one frame."""
 
 Measurement = Annotated[str, msgspec.Meta(pattern=r"^sha384:[0-9a-f]{96}\Z")]
 Right = Literal["predict", "trace"]
@@ -192,6 +194,14 @@ def check_plan(plan: Plan) -> Plan:
     """Check what types cannot: names, keys, model against data. Returns the plan or raises ConfigError/DataError."""
     check_schema(plan.data)
     check_model(plan.model, plan.partition, input_shape=plan.data.shape, classes=len(plan.data.classes))
+    released = 4 * inner_weights(plan.model, plan.partition, plan.data.shape) * len(plan.parties)
+    if released > MAX_RELEASE:
+        raise ConfigError(
+            "plan.release-too-large",
+            f"FrontNet and HeadNet, sealed to each of {len(plan.parties)} parties, take {released} bytes",
+            step="check plan",
+            fix=f"Cut so that they take at most {MAX_RELEASE} bytes in all: the run could not be released.",
+        )
     people: list[Party | User] = [*plan.parties, *plan.users]
     for kind, values in (("name", [p.name for p in people]), ("public_key", [p.public_key for p in people])):
         repeated = [value for value, count in Counter(values).items() if count > 1]

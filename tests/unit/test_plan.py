@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from caltrain import plan as plans
 from caltrain.crypto.digests import canonical_json, digest
 from caltrain.errors import AccessError, CaltrainError, ConfigError, DataError, IntegrityError
+from caltrain.models.spec import inner_weights
 from caltrain.plan import (
     EnclaveSpec,
     ManifestApproval,
@@ -518,3 +519,12 @@ def test_a_model_user_cannot_approve() -> None:
         check_approval(SMALL, "una", UNA.sign("plan-approval", msgspec.structs.replace(APPROVAL, party="una")))
     with refused(AccessError, "party.unknown"):
         check_countersignature(SMALL, MANIFEST, "una", UNA.sign("manifest-approval", COUNTERSIGNED))
+
+
+def test_a_plan_whose_release_would_not_fit_through_the_door_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    inner = inner_weights(SMALL.model, SMALL.partition, SMALL.data.shape)
+    monkeypatch.setattr(plans, "MAX_RELEASE", 4 * inner * len(SMALL.parties))
+    assert plan() == SMALL
+    monkeypatch.setattr(plans, "MAX_RELEASE", 4 * inner * len(SMALL.parties) - 1)
+    with refused(ConfigError, "plan.release-too-large"):
+        plan()

@@ -144,6 +144,12 @@ def layer_shapes(spec: ModelSpec, input_shape: Shape) -> tuple[Shape, ...]:
     return tuple(shapes)
 
 
+def inner_weights(spec: ModelSpec, partition: Partition, input_shape: Shape) -> int:
+    """Weights of FrontNet and HeadNet, without biases and normalisation."""
+    shapes, outside = layer_shapes(spec, input_shape), range(partition.front, len(spec.layers) - partition.head)
+    return sum(_weights(layer, shapes[i]) for i, layer in enumerate(spec.layers) if i not in outside)
+
+
 def check_model(spec: ModelSpec, partition: Partition, *, input_shape: Shape, classes: int) -> None:
     """Raise ConfigError unless the model maps records to `classes` logits and can be cut as said."""
     out = layer_shapes(spec, input_shape)[-1]

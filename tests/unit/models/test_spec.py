@@ -21,6 +21,7 @@ from caltrain.models.spec import (
     Partition,
     Shape,
     check_model,
+    inner_weights,
     layer_shapes,
 )
 from support.samples import refused
@@ -210,3 +211,9 @@ def test_what_is_no_layer_is_refused_when_read(layer: dict[str, Any]) -> None:
 def test_the_number_of_layers_is_bounded(count: int) -> None:
     with pytest.raises(msgspec.ValidationError):
         msgspec.convert({"layers": [{"type": "flatten"}] * count}, ModelSpec)
+
+
+@pytest.mark.parametrize(("front", "head", "weights"), [(1, 0, 72), (1, 1, 72 + 40), (2, 1, 72 + 40), (0, 1, 40)])
+def test_inner_weights_are_those_of_front_and_head(front: int, head: int, weights: int) -> None:
+    spec = ModelSpec(layers=(Conv(filters=8), MaxPool(), Flatten(), Linear(units=10), Linear(units=4)))
+    assert inner_weights(spec, Partition(front=front, head=head), (1, 4, 4)) == weights
