@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from caltrain.crypto.kdf import derive
 
-SEED_BYTES = 32
 _WORDS, _WORDS_AT = 624, 24  # the generator's state: 24 bytes of counters, then 624 words of 32 bits in 8 bytes each
 
 
