@@ -30,6 +30,8 @@ class CaltrainError(Exception):
     """
 
     exit_code: ClassVar[int] = 1
+    reported = False
+    """Whether the error is another side's own report (`from_wire`): its words are that side's."""
 
     def __init__(self, code: str, what: str, *, step: str, fix: str) -> None:
         super().__init__(what)
@@ -134,9 +136,11 @@ def from_wire(fields: object) -> CaltrainError:
         return "".join(c for c in value[:_MAX_WIRE_TEXT] if c.isprintable()) or default
 
     family = FAMILIES.get(text("family", ""), ProtocolError)
-    return family(
+    error = family(
         text("code", "protocol.unreadable-error"),
         text("what", "the other side failed without a readable error"),
         step=text("step", "remote"),
         fix=text("fix", "Look at the log of the other side."),
     )
+    error.reported = True
+    return error

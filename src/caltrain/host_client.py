@@ -21,6 +21,15 @@ _STEP = "talk to host"
 T = TypeVar("T")
 
 
+class HeldOut(msgspec.Struct):
+    """How the model does on the held-out records after an epoch."""
+
+    records: int
+    loss: float
+    top1: float
+    top2: float
+
+
 class RunStatus(msgspec.Struct):
     """What the host says of the run: for people to look at, never to rely on."""
 
@@ -31,6 +40,7 @@ class RunStatus(msgspec.Struct):
     epoch: int = 0
     epochs: int = 0
     loss: float | None = None
+    held_out: HeldOut | None = None
     images_per_second: float | None = None
     waiting_for: list[str] = []
     ignored: list[str] = []

@@ -17,11 +17,11 @@ from caltrain.crypto import dsse
 from caltrain.crypto.digests import Digest, canonical_json, digest
 from caltrain.crypto.hpke import HpkePublicKey
 from caltrain.errors import UNDECODABLE, AccessError, ConfigError, IntegrityError
-from caltrain.models.spec import ModelSpec, Partition, check_model, inner_weights
+from caltrain.models.spec import Cut, ModelSpec, Partition, check_model, inner_weights
 from caltrain.records.commitment import PartyName, ShardId
 from caltrain.records.schema import DataSchema, check_schema
 from caltrain.records.shard import MAX_SHARD_RECORDS
-from caltrain.training.spec import TrainingSpec
+from caltrain.training.spec import CenterSpec, TrainingSpec
 
 MAX_PLAN_BYTES = 1 << 20
 MAX_PARTIES = 256
@@ -83,6 +83,9 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     parties: Annotated[tuple[Party, ...], msgspec.Meta(min_length=1, max_length=MAX_PARTIES)]
     users: Annotated[tuple[User, ...], msgspec.Meta(max_length=MAX_PARTIES)] = ()
     enclave: EnclaveSpec
+    center: CenterSpec = CenterSpec()
+    resume_quorum: Annotated[int, msgspec.Meta(ge=0, le=MAX_PARTIES)] = 0
+    """Parties whose word a restarted enclave needs before it goes on; 0: all."""
     trace: TraceSpec = TraceSpec()
     release: ReleaseSpec = ReleaseSpec()
 
@@ -107,11 +110,13 @@ class PlanApproval(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
 
 
 class ManifestShard(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """One shard that will be trained on."""
+    """One shard of the run."""
 
     shard: ShardId
     root: Digest
     records: Annotated[int, msgspec.Meta(ge=1, le=MAX_SHARD_RECORDS)]
+    held_out: bool = False
+    """Not trained on: the enclave measures the model on it after each epoch."""
 
 
 class ManifestParty(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -139,9 +144,18 @@ class RunManifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
         """Digest that the parties countersign."""
         return digest("run-manifest/v1", canonical_json(self))
 
-    def records(self) -> int:
-        """Number of records over all parties."""
-        return sum(shard.records for party in self.parties for shard in party.shards)
+    def records(self, *, held_out: bool = False) -> int:
+        """Number of records over all parties: those trained on, or those held out."""
+        return sum(s.records for party in self.parties for s in party.shards if s.held_out == held_out)
+
+
+class CutApproval(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A party's word that the FrontNet may become shallower: layers that were inside go out."""
+
+    run: ShardId
+    head: Digest
+    party: PartyName
+    front: Cut
 
 
 class ManifestApproval(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -202,6 +216,7 @@ def check_plan(plan: Plan) -> Plan:
             step="check plan",
             fix=f"Cut so that they take at most {MAX_RELEASE} bytes in all: the run could not be released.",
         )
+    _check_center(plan)
     people: list[Party | User] = [*plan.parties, *plan.users]
     for kind, values in (("name", [p.name for p in people]), ("public_key", [p.public_key for p in people])):
         repeated = [value for value, count in Counter(values).items() if count > 1]
@@ -213,6 +228,19 @@ def check_plan(plan: Plan) -> Plan:
                 fix="Give every party and user a name and a key of its own.",
             )
     return plan
+
+
+def _check_center(plan: Plan) -> None:
+    center, frozen = plan.center, plan.training.initial.frozen if plan.training.initial else 0
+    wrong = {
+        "an audited center computes in float32 on the CPU, or its steps could not be repeated": center.audit_rate > 0
+        and (center.device, center.precision) != ("cpu", "f32"),
+        "resume_quorum is larger than the number of parties": plan.resume_quorum > len(plan.parties),
+        "more layers are frozen than the model has": frozen > len(plan.model.layers),
+    }
+    for what, holds in wrong.items():
+        if holds:
+            raise ConfigError("plan.contradiction", what, step="check plan", fix="Change one of the two in the plan.")
 
 
 def _named(entries: Iterable[T], name: str, kind: Literal["party", "user"]) -> T:

@@ -19,7 +19,7 @@ from caltrain.errors import ConfigError
 from caltrain.files import write_whole
 from caltrain.participant.identity import Identity, create_identity
 from caltrain.plan import EnclaveSpec, Party, Plan, ReleaseSpec, Right, User, check_plan
-from caltrain.presets import PRESETS, PresetName
+from caltrain.presets import STARTS, Preset, StartName
 
 DEFAULT_PARTIES = ["alder", "birch", "cedar", "dogwood"]
 _RIGHTS: tuple[Right, Right] = ("predict", "trace")
@@ -50,19 +50,20 @@ class Project:
 def create_project(
     folder: Path,
     *,
-    preset: PresetName,
+    preset: StartName | Preset,
     parties: Sequence[str],
     users: Sequence[str],
     two_way: bool = False,
     reveal_seed: bool = False,
     budget: int = 1000,
     epochs: int | None = None,
+    title: str | None = None,
 ) -> Project:
-    """Make a project from a preset, whole or not at all; `epochs` replaces the preset's.
+    """Make a project from a preset (by name, or with a `title`), whole or not at all; `epochs` replaces the preset's.
 
     Raises ConfigError (`project.exists`, names that cannot be used), EnvironmentFault.
     """
-    chosen = PRESETS[preset]
+    chosen = preset if isinstance(preset, Preset) else STARTS[preset]
     if epochs is not None:
         chosen = msgspec.structs.replace(chosen, training=msgspec.structs.replace(chosen.training, epochs=epochs))
     measurement = measure_enclave()
@@ -72,7 +73,7 @@ def create_project(
         asking = {name: create_identity(folder / "users" / name, name) for name in users}
         plan = Plan(
             version=1,
-            name=f"{preset} with {len(own)} parties",
+            name=f"{title or preset} with {len(own)} parties",
             model=chosen.model,
             partition=msgspec.structs.replace(chosen.partition, head=0) if two_way else chosen.partition,
             data=chosen.data,
@@ -86,9 +87,20 @@ def create_project(
         )
         policy = Policy(measurements=(measurement,), allow_simulated=True, simulated_roots=(operator.signer.public,))
         project = Project(folder, check_plan(plan), policy, operator, own, asking)
-        write_whole(project.plan_path, msgspec.toml.encode(plan))
-        write_whole(project.policy_path, msgspec.toml.encode(policy))
+        write_whole(project.plan_path, _toml(plan))
+        write_whole(project.policy_path, _toml(policy))
     return project
+
+
+def _toml(value: Plan | Policy) -> bytes:
+    return msgspec.toml.encode(_without_none(msgspec.to_builtins(value)))
+
+
+def _without_none(value: object) -> object:
+    """TOML has no null: a key that is not there says the same."""
+    if isinstance(value, dict):
+        return {key: _without_none(entry) for key, entry in value.items() if entry is not None}
+    return [_without_none(entry) for entry in value] if isinstance(value, list | tuple) else value
 
 
 @contextmanager

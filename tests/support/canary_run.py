@@ -30,7 +30,8 @@ from caltrain.client.ask import ask
 from caltrain.crypto.aead import TAG_BYTES
 from caltrain.crypto.dsse import Envelope, SigningKey
 from caltrain.host_client import HostClient
-from caltrain.models.spec import Conv, Flatten, Linear, MaxPool, ModelSpec, Partition
+from caltrain.models.layers import Conv, Flatten, Linear, MaxPool
+from caltrain.models.spec import ModelSpec, Partition
 from caltrain.participant import join as joining
 from caltrain.participant.identity import Identity, create_identity
 from caltrain.participant.model import JoinedModel, load_model

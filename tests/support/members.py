@@ -19,6 +19,7 @@ from caltrain.boundary.sealed import (
     DisclosureNote,
     PartySecret,
     Question,
+    ResumeSecret,
     open_for,
     seal_message,
     transcript_digest,
@@ -133,6 +134,11 @@ class Member:
         """Key, entropy and shard list, sealed to the enclave of `binding`."""
         secret = self.secret(**changes)
         return seal_message("provision", secret, binding=binding, sender=sender or self.name, signer=self.signer)
+
+    def rejoin(self, binding: Binding, *, run: str, head: str, sender: str | None = None, **changes: Any) -> Envelope:
+        """The word that a restarted enclave needs."""
+        secret = msgspec.structs.replace(ResumeSecret(data_key=self.data_key, run=run, head=head), **changes)
+        return seal_message("rejoin", secret, binding=binding, sender=sender or self.name, signer=self.signer)
 
     def countersign(self, manifest: RunManifest, *, party: str | None = None) -> Envelope:
         """The second approval."""

@@ -6,9 +6,7 @@ import socket
 from collections.abc import Callable
 from typing import cast
 
-from torch import Tensor
-
-from caltrain.boundary.channel import Channel
+from caltrain.boundary.channel import Channel, Tensors
 from caltrain.boundary.messages import (
     REPLIES_AND_CALLS,
     Answer,
@@ -17,18 +15,20 @@ from caltrain.boundary.messages import (
     Data,
     Progress,
     Read,
+    ShowCenter,
     Write,
 )
 from caltrain.boundary.tensors import TensorHead
 from caltrain.errors import CaltrainError, EnvironmentFault
 from caltrain.host.center import Center
+from caltrain.host.kept import center_object
 from support.wire import Crossing, MemorySocket, memory_socketpair
 
-OnTensor = Callable[[TensorHead, Tensor, Channel], None]
+OnTensor = Callable[[TensorHead, Tensors, Channel], None]
 
 
 class MemoryHost:
-    """Serves an enclave's calls. A hostile host replaces `on_read`, `on_write`, `on_commit` and `on_tensor`."""
+    """Serves an enclave's calls. A hostile host replaces `on_read`, `on_write`, `on_commit`, `on_show`, `on_tensor`."""
 
     def __init__(self) -> None:
         self.storage: dict[str, bytearray] = {}
@@ -43,6 +43,7 @@ class MemoryHost:
         self.on_read: Callable[[Read], Answer] = self.read
         self.on_write: Callable[[Write], Answer] = self.write
         self.on_commit: Callable[[CommitCenter], Answer] = self.commit
+        self.on_show: Callable[[ShowCenter], Answer] = self.show
         self.on_tensor: OnTensor = self.take
 
     def serve(self) -> None:
@@ -50,7 +51,7 @@ class MemoryHost:
         while self.end.inbox:
             got = self.channel.receive_any(REPLIES_AND_CALLS)
             if isinstance(got, tuple):
-                self.log.append(Crossing("out", head=got[0], tensor=got[1].clone()))
+                self.log.append(Crossing("out", head=got[0], tensors=tuple(x.clone() for x in got[1])))
                 self.on_tensor(*got, self.channel)
             else:
                 self.log.append(Crossing("out", message=got))
@@ -81,14 +82,27 @@ class MemoryHost:
         stored[call.offset : call.offset + len(call.data)] = call.data
         return Data()
 
-    def commit(self, _call: CommitCenter) -> Answer:
+    def commit(self, call: CommitCenter) -> Answer:
         """The honest answer to a demand for a commitment."""
-        return Data(self.the_center.commitment())
+        commitment = self.the_center.commit(call.epoch, call.step)
+        if call.durable:
+            state = self.the_center.committed(call.epoch, call.step)
+            self.storage[center_object(call.epoch, call.step)] = bytearray(state)
+        return Data(commitment)
 
-    def take(self, head: TensorHead, tensor: Tensor, channel: Channel) -> None:
-        """The honest handling of a tensor."""
+    def show(self, call: ShowCenter) -> Answer:
+        """The honest answer to a demand for a committed state."""
         try:
-            self.the_center.take(head, tensor, channel)
+            state = self.the_center.committed(call.epoch, call.step)
+        except CaltrainError as error:
+            return CallFailed(error.diagnostics())
+        self.storage["center-state"] = bytearray(state)
+        return Data(len(state).to_bytes(8, "big"))
+
+    def take(self, head: TensorHead, tensors: Tensors, channel: Channel) -> None:
+        """The honest handling of tensors."""
+        try:
+            self.the_center.take(head, tensors, channel)
         except CaltrainError as error:
             if self.end.peer is not None:
                 self.channel.send(CallFailed(error.diagnostics()))
@@ -112,6 +126,8 @@ class MemoryHost:
                 return self.on_write(call)
             case CommitCenter():
                 return self.on_commit(call)
+            case ShowCenter():
+                return self.on_show(call)
             case Progress():
                 return None
             case _:

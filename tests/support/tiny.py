@@ -7,7 +7,8 @@ from typing import Literal
 
 import numpy as np
 
-from caltrain.models.spec import Conv, Dropout, Flatten, Linear, MaxPool, ModelSpec, Partition
+from caltrain.models.layers import Conv, Dropout, Flatten, Linear, MaxPool
+from caltrain.models.spec import ModelSpec, Partition
 from caltrain.plan import EnclaveSpec, Party, Plan, ReleaseSpec, Right, TraceSpec, User
 from caltrain.records.schema import DataSchema
 from caltrain.training.spec import Augment, TrainingSpec

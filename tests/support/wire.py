@@ -10,8 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from torch import Tensor
-
+from caltrain.boundary.channel import Tensors
 from caltrain.boundary.messages import Message
 from caltrain.boundary.tensors import TensorHead
 
@@ -60,9 +59,9 @@ def memory_socketpair() -> tuple[MemorySocket, MemorySocket]:
 
 @dataclass(frozen=True)
 class Crossing:
-    """What came out of the enclave (a message, or a tensor with its head), or that the host acted."""
+    """What came out of the enclave (a message, or tensors with their head), or that the host acted."""
 
     way: Literal["in", "out"]
     message: Message | None = None
     head: TensorHead | None = None
-    tensor: Tensor | None = None
+    tensors: Tensors = ()

@@ -10,26 +10,32 @@
 
 from __future__ import annotations
 
+import base64
 import copy
 import itertools
 import os
 from collections.abc import Callable
 from typing import Any
 
+import msgspec
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from caltrain.attestation.evidence import EvidenceBundle, Purpose
 from caltrain.attestation.simulated import SimulatedAttester
 from caltrain.boundary import messages as m
-from caltrain.crypto.digests import canonical_json
+from caltrain.crypto.decoders import json_decoder
+from caltrain.crypto.digests import canonical_json, digest
 from caltrain.crypto.dsse import Envelope, SigningKey, open_envelope
 from caltrain.enclave.door import Door
-from caltrain.enclave.run import Run, State
+from caltrain.enclave.run import Course, Run, State
 from caltrain.enclave.session import handle
 from caltrain.enclave.vault import Vault
 from caltrain.host.center import Center
+from caltrain.host.kept import center_object
+from caltrain.models.network import Network
+from caltrain.models.weights import decode_state
 from caltrain.plan import Plan, Right, RunManifest, check_plan
 from caltrain.provenance.chain import Chain, Event, verify_chain
 from caltrain.records.schema import decode_record
@@ -76,22 +82,26 @@ class World:
             party.seal(self.plan.data, images, labels, shard_records=5)
         self.root = SigningKey()
         self.host = MemoryHost()
-        vault = Vault(SimulatedAttester(self.root, measurement=MEASUREMENT))
-        vault.randomness = bytes(32)  # keys differ each time, the run seed does not
-        chain = Chain(vault.signing, run=vault.run)
-        self.run = Run(vault=vault, door=Door(self.host.enclave_channel), chain=chain)
+        self.run = self._new_run()
         self.events: list[Envelope] = []
         self.released: dict[str, bytes] = {}
         self.statements: dict[str, Envelope] = {}
         self.suspicion: dict[str, bytes] = {}
+
+    def _new_run(self) -> Run:
+        vault = Vault(SimulatedAttester(self.root, measurement=MEASUREMENT))
+        vault.randomness = bytes(32)  # keys differ each time, the run seed does not
+        chain = Chain(vault.signing, run=vault.run)
+        return Run(vault=vault, door=Door(self.host.enclave_channel), chain=chain)
 
     # -- requests ----------------------------------------------------------------------------------------------------
 
     def send(self, request: m.Request) -> m.Reply:
         """One request, as the host sends it; its events are kept."""
         reply = handle(self.run, request)
-        if isinstance(reply, m.Done):
+        if isinstance(reply, m.Done | m.Failed):
             self.events += reply.events
+        self.host.storage["chain.jsonl"] = bytearray(b"".join(msgspec.json.encode(e) + b"\n" for e in self.events))
         return reply
 
     def done(self, request: m.Request) -> m.Done:
@@ -112,9 +122,9 @@ class World:
         reply = self.send(request)
         assert isinstance(reply, m.Failed), reply
         assert (reply.error["code"], reply.fatal) == (code, fatal)
-        assert self.run.chain.head == head
         if fatal:
             assert self.run.state is State.STOPPED
+            assert [e.kind for e in self.chain()[-1:]] == ["stopped"]
             after = itertools.takewhile(lambda c: c.way == "out", reversed(self.host.log[crossed:]))
             left = [c.message for c in after] + self.host.unread()
             assert all(isinstance(message, m.Progress) for message in left), left
@@ -122,6 +132,7 @@ class World:
             assert isinstance(again, m.Failed)
             assert again.error["code"] == "session.not-now"
         else:
+            assert self.run.chain.head == head
             assert self.run.state is state
             assert self._held() == before
             assert len(self.host.enclave_end.sent) == sent
@@ -195,8 +206,19 @@ class World:
         self.host.center = Center(self.plan, seed=seed, records=self.manifest.records())
 
     def train(self) -> m.Done:
-        """The next epoch."""
-        return self.done(m.TrainEpoch(self.run.epoch))
+        """On to the next checkpoint, deepening the cut where the plan says so."""
+        course = self.course
+        due = self.plan.partition.front_at(course.epoch)
+        if not course.step and due > course.front:
+            self.done(m.MoveCut(due))
+            self.host.the_center.recut(due, {})
+        return self.done(m.Train(course.epoch, course.step))
+
+    @property
+    def course(self) -> Course:
+        """Where training is."""
+        assert self.run.course is not None
+        return self.run.course
 
     def release(self) -> None:
         """Release to the parties."""
@@ -206,9 +228,8 @@ class World:
 
     def release_request(self) -> m.Release:
         """The CenterNet is stored; the demand to release."""
-        weights = self.host.the_center.weights()
-        self.host.storage["center"] = bytearray(weights)
-        return m.Release(len(weights))
+        self.host.storage["center"] = bytearray(self.host.the_center.weights())
+        return m.Release()
 
     def link(self) -> None:
         """Link the model."""
@@ -221,6 +242,59 @@ class World:
     def question(self, kind: Right, inputs: Pixels, *, user: str = "una", **changes: Any) -> Asked:
         """A user's question, sealed for fresh evidence."""
         return question(self.users[user], self.attest("query"), kind=kind, inputs=inputs, **changes)
+
+    # -- after a crash -----------------------------------------------------------------------------------------------
+
+    def restart(self) -> None:
+        """Enclave and center are gone; a new enclave begins, the host's storage stays."""
+        self.run, self.host.center = self._new_run(), None
+
+    def resume(self, name: str | None = None) -> m.Resume:
+        """The demand to take up the run from a checkpoint: the newest one, unless named."""
+        return m.Resume(canonical_json(self.plan), name or self.newest_checkpoint())
+
+    def newest_checkpoint(self) -> str:
+        """The object that the chain's last checkpoint event names."""
+        sealed = [event.body["sealed"] for event in self.chain_of_host() if event.kind == "checkpoint"][-1]
+        found = [n for n in self.host.storage if n.startswith("checkpoint-") and self._sealed(n) == sealed]
+        return found[0]
+
+    def _sealed(self, name: str) -> str:
+        return digest("checkpoint/v1", bytes(self.host.storage[name]))
+
+    def rejoin(self, name: str, *, head: str | None = None, **changes: Any) -> m.Rejoin:
+        """A party's word for the head of the chain that the host has."""
+        binding = self.attest("resume").binding
+        run = {"run": self.chain_of_host()[-1].run} | changes
+        return m.Rejoin(name, self.parties[name].rejoin(binding, head=head or self.host_head, **run))
+
+    @property
+    def host_head(self) -> str:
+        """The head of the chain that the host has."""
+        return self.chain_of_host()[-1].digest()
+
+    def chain_of_host(self) -> list[Event]:
+        """The chain that the host has, unverified."""
+        return [json_decoder(Event).decode(base64.b64decode(envelope.payload)) for envelope in self.events]
+
+    def take_up(self, *names: str) -> m.Done:
+        """A restart with the word of these parties (default: all); the CenterNet goes on from its kept state."""
+        self.restart()
+        self.done(self.resume())
+        for name in names or self.parties:
+            done = self.done(self.rejoin(name))
+        self.center_after(done)
+        return done
+
+    def center_after(self, done: m.Done) -> None:
+        """The CenterNet of the place where the run was taken up."""
+        if done.at is not None:
+            records = self.manifest.records()
+            center = Center(self.plan, seed=done.center_seed, records=records, front=done.front)
+            kept = self.host.storage.get(center_object(*done.at))
+            if kept is not None:
+                center.restore(decode_state(bytes(kept), step="resume"))
+            self.host.center = center
 
     # -- what is true ------------------------------------------------------------------------------------------------
 
@@ -246,7 +320,7 @@ class World:
         pixels = torch.from_numpy(np.stack([array for array, _ in decoded]))
         return pixels, torch.tensor([label for _, label in decoded])
 
-    def plain(self, seed: bytes) -> nn.Sequential:
+    def plain(self, seed: bytes) -> Network:
         """The model of the plain loop over the same records and run seed."""
         pixels, labels = self.data()
         plan, seeds = self.plan, RunSeeds.from_run_seed(seed)

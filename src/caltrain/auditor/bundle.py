@@ -101,7 +101,7 @@ def verify_bundle(bundle: TraceBundle, *, plan_digest: str, head: str | None = N
         events=len(events),
         head=events[-1].digest(),
         simulated=manifest.simulated,
-        center_audited=linked.center_audited,
+        center_audited=linked.audit_rate > 0,
     )
 
 

@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import socket
 import struct
+from collections.abc import Sequence
 from typing import TypeVar
 
 import msgspec
 from msgspec.msgpack import Decoder
 from torch import Tensor
 
-from caltrain.boundary import frames, tensors
+from caltrain.boundary import frames
 from caltrain.boundary.frames import FrameKind
 from caltrain.boundary.messages import Message
 from caltrain.boundary.ring import Ring
-from caltrain.boundary.tensors import Role, TensorHead
+from caltrain.boundary.tensors import Role, TensorHead, flatten, layout_of, refuse, restore
 from caltrain.errors import UNDECODABLE, ProtocolError
 
 _HEAD_LENGTH = struct.Struct("<I")
-_MAX_HEAD = 1024
+_MAX_HEAD = 16 << 10
 _HEADS: Decoder[TensorHead] = Decoder(TensorHead)
+Tensors = tuple[Tensor, ...]
 M = TypeVar("M")
 
 
@@ -38,59 +40,60 @@ class Channel:
         """Send one message."""
         frames.send_frame(self._sock, FrameKind.MESSAGE, msgspec.msgpack.encode(message))
 
-    def send_tensor(self, tensor: Tensor, *, role: Role, run: str, epoch: int, step: int) -> None:
-        """Send a dense copy of `tensor`, through the ring where it fits."""
-        dense, data = tensors.flatten(tensor)
+    def send_tensors(self, tensors: Sequence[Tensor], *, role: Role, run: str, epoch: int, step: int) -> None:
+        """Send dense copies of `tensors` together, through the ring where they fit."""
+        dense, data = zip(*(flatten(tensor) for tensor in tensors), strict=True)
         slot = None
-        if self._ring is not None and len(data) <= self._ring.slot_bytes:
+        if self._ring is not None and sum(map(len, data)) <= self._ring.slot_bytes:
             slot = self._ring.put(data)
-        head = msgspec.msgpack.encode(tensors.head_of(dense, role=role, run=run, epoch=epoch, step=step, slot=slot))
-        inline = [data] if slot is None else []
-        frames.send_frame(self._sock, FrameKind.TENSOR, _HEAD_LENGTH.pack(len(head)), head, *inline)
+        head = TensorHead(role, run, epoch, step, tuple(map(layout_of, dense)), slot)
+        raw = msgspec.msgpack.encode(head)
+        inline = data if slot is None else ()
+        frames.send_frame(self._sock, FrameKind.TENSOR, _HEAD_LENGTH.pack(len(raw)), raw, *inline)
 
     def receive(self, expected: Decoder[M]) -> M:
         """The next frame, which must be a message that `expected` decodes."""
         message = self.receive_any(expected)
         if isinstance(message, tuple):
-            raise _unexpected(f"a tensor ({message[0].role}) where a message was due")
+            raise _unexpected(f"tensors ({message[0].role}) where a message was due")
         return message
 
-    def receive_any(self, expected: Decoder[M]) -> M | tuple[TensorHead, Tensor]:
-        """The next frame: a message that `expected` decodes, or a tensor with its head."""
+    def receive_any(self, expected: Decoder[M]) -> M | tuple[TensorHead, Tensors]:
+        """The next frame: a message that `expected` decodes, or tensors with their head."""
         kind, body = frames.receive_frame(self._sock)
         if kind is FrameKind.TENSOR:
-            return self._tensor(body)
+            return self._tensors(body)
         try:
             return expected.decode(body)
         except UNDECODABLE as error:
             raise _unexpected(str(error)) from None
 
-    def receive_tensor(self, *, role: Role, run: str, epoch: int, step: int, or_message: Decoder[M]) -> Tensor | M:
-        """The tensor that is due, or a message instead. Raises ProtocolError for another."""
+    def receive_tensors(self, *, role: Role, run: str, epoch: int, step: int, or_message: Decoder[M]) -> Tensors | M:
+        """The tensors that are due, or a message instead. Raises ProtocolError for others."""
         got = self.receive_any(or_message)
         if not isinstance(got, tuple):
             return got
-        head, tensor = got
+        head, tensors = got
         if (head.role, head.run, head.epoch, head.step) != (role, run, epoch, step):
             raise _unexpected(f"{head.role} of step {head.epoch}.{head.step} where {role} of {epoch}.{step} was due")
-        return tensor
+        return tensors
 
-    def _tensor(self, body: memoryview) -> tuple[TensorHead, Tensor]:
+    def _tensors(self, body: memoryview) -> tuple[TensorHead, Tensors]:
         if len(body) < _HEAD_LENGTH.size:
-            raise tensors.refuse("no head")
+            raise refuse("no head")
         (length,) = _HEAD_LENGTH.unpack(body[: _HEAD_LENGTH.size])
         start = _HEAD_LENGTH.size + length
         if length > _MAX_HEAD or start > len(body):
-            raise tensors.refuse(f"a head of {length} bytes")
+            raise refuse(f"a head of {length} bytes")
         try:
             head = _HEADS.decode(body[_HEAD_LENGTH.size : start])
         except UNDECODABLE as error:
-            raise tensors.refuse(str(error)) from None
+            raise refuse(str(error)) from None
         if head.slot is None:
-            return head, tensors.restore(head, body[start:])
+            return head, restore(head, body[start:])
         if self._ring is None or start != len(body):
-            raise tensors.refuse("a ring slot without a ring, or with bytes inline")
-        return head, tensors.restore(head, self._ring.view(head.slot, head.nbytes))
+            raise refuse("a ring slot without a ring, or with bytes inline")
+        return head, restore(head, self._ring.view(head.slot, head.nbytes))
 
 
 def _unexpected(what: str) -> ProtocolError:

@@ -14,6 +14,7 @@ from msgspec.msgpack import Decoder
 
 from caltrain.attestation.evidence import EvidenceBundle, Nonce, Purpose
 from caltrain.crypto.dsse import Envelope
+from caltrain.models.spec import Cut
 from caltrain.plan import MAX_PARTIES, MAX_PLAN_BYTES, MAX_SHARDS
 from caltrain.records.commitment import PartyName, ShardId
 
@@ -83,16 +84,36 @@ class Ingest(Message, frozen=True, tag="ingest"):
     stored: Annotated[tuple[StoredShard, ...], msgspec.Meta(max_length=MAX_PARTIES * MAX_SHARDS)]
 
 
-class TrainEpoch(Message, frozen=True, tag="train-epoch"):
-    """Run the next epoch, calling the host's center for every step."""
+class Train(Message, frozen=True, tag="train"):
+    """Go on from this step to the next checkpoint, calling the host's center for every step."""
 
     epoch: Annotated[int, msgspec.Meta(ge=0)]
+    step: Annotated[int, msgspec.Meta(ge=0)] = 0
+
+
+class MoveCut(Message, frozen=True, tag="move-cut"):
+    """Between epochs: a FrontNet of so many layers. A shallower one needs every party's signed `move-cut`."""
+
+    front: Cut
+    approvals: Annotated[dict[PartyName, Envelope], msgspec.Meta(max_length=MAX_PARTIES)] = {}
+
+
+class Resume(Message, frozen=True, tag="resume"):
+    """Instead of `Configure`: take up a run from the checkpoint that the host keeps under this name."""
+
+    plan: Annotated[bytes, msgspec.Meta(max_length=MAX_PLAN_BYTES)]
+    checkpoint: ObjectName
+
+
+class Rejoin(Message, frozen=True, tag="rejoin"):
+    """A party's word that the run may be taken up, with its sealed key."""
+
+    party: PartyName
+    envelope: Envelope
 
 
 class Release(Message, frozen=True, tag="release"):
-    """Seal FrontNet and HeadNet to the parties; `center_bytes` of CenterNet wait to be read as `center`."""
-
-    center_bytes: Annotated[int, msgspec.Meta(ge=1, le=1 << 34)]
+    """Join the zones, seal FrontNet and HeadNet to the parties."""
 
 
 class Link(Message, frozen=True, tag="link"):
@@ -125,7 +146,10 @@ Request = (
     | MakeManifest
     | Countersign
     | Ingest
-    | TrainEpoch
+    | Train
+    | MoveCut
+    | Resume
+    | Rejoin
     | Release
     | Link
     | Query
@@ -144,8 +168,20 @@ class Ready(Message, frozen=True, tag="ready"):
     sandbox: dict[str, str]
 
 
+class Measured(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The model of this moment on the held-out records: mean loss, share of right first and first-two answers."""
+
+    records: int
+    loss: float
+    top1: float
+    top2: float
+
+
 class Done(Message, frozen=True, tag="done"):
-    """Success: the events that the request added, and what it answers."""
+    """Success: the events that the request added, and what it answers.
+
+    `at` is where training goes on (epoch, step), `front` the layers of the FrontNet there.
+    """
 
     events: tuple[Envelope, ...] = ()
     bundle: EvidenceBundle | None = None
@@ -153,15 +189,19 @@ class Done(Message, frozen=True, tag="done"):
     sealed: dict[str, bytes] = {}
     ignored: tuple[StoredShard, ...] = ()
     loss: float | None = None
-    images: int = 0
+    held_out: Measured | None = None
+    state: str = ""
+    at: tuple[int, int] | None = None
+    front: int = 0
     center_seed: bytes = b""
 
 
 class Failed(Message, frozen=True, tag="failed"):
-    """A named error; `fatal` means that the run cannot go on."""
+    """A named error; `fatal` means that the run cannot go on, and `events` then say so in the chain."""
 
     error: dict[str, str]
     fatal: bool
+    events: tuple[Envelope, ...] = ()
 
 
 Reply = Ready | Done | Failed
@@ -186,9 +226,21 @@ class Write(Message, frozen=True, tag="write"):
 
 
 class CommitCenter(Message, frozen=True, tag="commit-center"):
-    """The epoch is over: commit to the state of the CenterNet. Answered with 32 bytes, its digest."""
+    """Commit to the state of the CenterNet before this step: answered with 32 bytes, its digest.
+
+    The host keeps that state until the next but one commitment; with `durable`, for a checkpoint.
+    """
 
     epoch: int
+    step: int
+    durable: bool = False
+
+
+class ShowCenter(Message, frozen=True, tag="show-center"):
+    """Store the state that was committed to before this step as `center-state`: answered with its length, 8 bytes."""
+
+    epoch: int
+    step: int
 
 
 class Progress(Message, frozen=True, tag="progress"):
@@ -200,7 +252,7 @@ class Progress(Message, frozen=True, tag="progress"):
     loss: float | None = None
 
 
-Call = Read | Write | CommitCenter | Progress
+Call = Read | Write | CommitCenter | ShowCenter | Progress
 
 # --- answers: host to enclave, to a call -----------------------------------------------------------------------------
 
@@ -222,4 +274,5 @@ Answer = Data | CallFailed
 REQUESTS: Decoder[Request] = Decoder(Request)
 REPLIES: Decoder[Reply] = Decoder(Reply)
 REPLIES_AND_CALLS: Decoder[Reply | Call] = Decoder(Reply | Call)
+STORAGE_CALLS: Decoder[Read | Write] = Decoder(Read | Write)
 ANSWERS: Decoder[Answer] = Decoder(Answer)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import fcntl
 import mmap
 import os
+from collections.abc import Sequence
 from enum import IntEnum
 
 from caltrain.errors import EnvironmentFault, ProtocolError
@@ -63,12 +64,14 @@ class Ring:
         self._mine, self._theirs = side * SLOTS, (1 - side) * SLOTS
         self._next = 0
 
-    def put(self, data: memoryview) -> int:
-        """Write `data` (at most `slot_bytes`) to our next slot and return its number."""
+    def put(self, parts: Sequence[memoryview]) -> int:
+        """Write `parts` (at most `slot_bytes` in all) one after the other to our next slot and return its number."""
         slot = self._next
         self._next = (slot + 1) % SLOTS
         start = (self._mine + slot) * self.slot_bytes
-        self._memory[start : start + len(data)] = data
+        for part in parts:
+            self._memory[start : start + len(part)] = part
+            start += len(part)
         return slot
 
     def view(self, slot: int, length: int) -> memoryview:

@@ -26,12 +26,12 @@ from caltrain.records.commitment import PartyName, RecordRef, ShardId
 MAX_SEALED = 48 << 20
 MAX_QUESTIONS = 1024
 Key = Annotated[bytes, msgspec.Meta(min_length=KEY_BYTES, max_length=KEY_BYTES)]
-SealedKind = Literal["provision", "query"]
+SealedKind = Literal["provision", "rejoin", "query"]
 T = TypeVar("T")
 
 
 class SealedMessage(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Signed by the sender (DSSE kind `provision` or `query`)."""
+    """Signed by the sender (DSSE kind `provision`, `rejoin` or `query`)."""
 
     sender: PartyName
     nonce: Nonce
@@ -45,6 +45,14 @@ class PartySecret(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     data_key: Key
     entropy: Key
     shards: Annotated[tuple[ManifestShard, ...], msgspec.Meta(min_length=1, max_length=MAX_SHARDS)]
+
+
+class ResumeSecret(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A party's word to a restarted enclave: its data key, and the chain's head up to which it knows the run."""
+
+    data_key: Key
+    run: ShardId
+    head: Digest
 
 
 class ProvisionReceipt(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -83,7 +91,8 @@ class TraceStatement(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     head: Digest
     predicted: int
     neighbours: tuple[Neighbour, ...]
-    center_audited: bool
+    audit_rate: float
+    """Share of the center's steps that the enclave repeated in training; 0: center not audited."""
     simulated: bool
 
 

@@ -9,8 +9,10 @@ import typer
 
 from caltrain.cli.files import read_plan, write_json
 from caltrain.cli.output import Format, FormatOption, choose, emit, say
+from caltrain.files import read_bounded
+from caltrain.models.darknet_text import MAX_CFG_BYTES
 from caltrain.participant.identity import load_identity
-from caltrain.presets import PresetName
+from caltrain.presets import STARTS, StartName, preset_from_cfg, with_cut
 from caltrain.project import DEFAULT_PARTIES, create_project
 
 app = typer.Typer(help="The plan that all parties sign.", no_args_is_help=True)
@@ -19,14 +21,42 @@ PlanArgument = Annotated[Path, typer.Argument(help="plan.toml")]
 
 def new(
     folder: Annotated[Path, typer.Argument(help="a folder that does not exist yet")],
-    data: Annotated[PresetName, typer.Option(help="whose model, schema and hyper-parameters to start from")] = "digits",
+    data: Annotated[
+        StartName | None, typer.Option(help="whose model, schema and hyper-parameters to start from; default: digits")
+    ] = None,
     parties: Annotated[list[str], typer.Option("--party", help="a party's name; repeat")] = DEFAULT_PARTIES,
     users: Annotated[list[str], typer.Option("--user", help="a model user's name; repeat")] = ["analyst"],  # noqa: B006
+    cfg: Annotated[
+        Path | None,
+        typer.Option(help="a Darknet cfg for model and hyper-parameters; --data then gives the schema only"),
+    ] = None,
+    epochs: Annotated[int | None, typer.Option(min=1, max=10_000, help="in place of those of --data or --cfg")] = None,
+    records: Annotated[
+        int | None, typer.Option(min=1, help="with --cfg: of all parties, to have its max_batches as epochs")
+    ] = None,
+    front: Annotated[int | None, typer.Option(min=0, help="layers of the FrontNet; of a cfg: 4")] = None,
+    head: Annotated[
+        int | None,
+        typer.Option(min=0, help="layers of the HeadNet, 0 for two-way; of a cfg: from the last with weights"),
+    ] = None,
     format_: FormatOption = Format.TEXT,
 ) -> None:
     """Scaffold a project: plan, policy, and keys for everybody, to try a whole run on one machine."""
     choose(format_)
-    project = create_project(folder, preset=data, parties=parties, users=users)
+    if records and cfg is None:
+        raise typer.BadParameter("only with --cfg", param_hint="--records")
+    preset = STARTS[data or "digits"]
+    if cfg is not None:
+        schema, text = STARTS[data].data if data else None, read_bounded(cfg, limit=MAX_CFG_BYTES)
+        preset = preset_from_cfg(text, data=schema, epochs=epochs, records=records)
+    project = create_project(
+        folder,
+        preset=with_cut(preset, front=front, head=head),
+        title=cfg.stem[:60] if cfg else data or "digits",
+        parties=parties,
+        users=users,
+        epochs=epochs,
+    )
     emit({"folder": str(folder), "plan": str(project.plan_path), "digest": project.plan.digest()}, title="New project")
     say("policy.toml accepts a simulated enclave, whose operator can read everything.")
     say("For a real run each party makes its own keys (`caltrain party keygen`); the plan gets their public part.")

@@ -15,6 +15,7 @@ from caltrain.demo.disputes import Dispute
 from caltrain.demo.evaluate import Lineage
 from caltrain.demo.result import DemoResult
 from caltrain.demo.scenario import Scenario
+from caltrain.models.network import Network
 from caltrain.participant.model import load_model, predict
 from caltrain.plan import RunManifest
 from caltrain.project import Project
@@ -44,7 +45,7 @@ class Finished:
     sandbox: dict[str, str]
 
 
-def train_plainly(finished: Finished) -> torch.nn.Sequential:
+def train_plainly(finished: Finished) -> Network:
     """The plain loop on the same records in the manifest's order, with the seed that the enclave revealed."""
     rows = finished.lineage.rows
     refs = [
@@ -65,7 +66,7 @@ def train_plainly(finished: Finished) -> torch.nn.Sequential:
     )
 
 
-def figures(finished: Finished, plain: torch.nn.Sequential, *, data: str, seconds: float, report: Path) -> DemoResult:
+def figures(finished: Finished, plain: Network, *, data: str, seconds: float, report: Path) -> DemoResult:
     """All figures of the demo."""
     scenario, plan = finished.scenario, finished.project.plan
     plain_predicted = predict(plain, plan, scenario.test.images).argmax(1)
@@ -93,7 +94,7 @@ def figures(finished: Finished, plain: torch.nn.Sequential, *, data: str, second
         disclosures_verified=sum(len(d.records) for d in disputes),
         substitutions=sum(d.substitutes for d in disputes),
         substitutions_refused=sum(d.refused for d in disputes),
-        center_audited=False,
+        center_audited=plan.center.audit_rate > 0,
         events=len(finished.events),
         chain_head=finished.events[-1].digest(),
         model=finished.traces[0].model,

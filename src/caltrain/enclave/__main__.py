@@ -1,4 +1,4 @@
-"""The enclave program: `python -I -m caltrain.enclave SOCKET_FD RING_FD SLOT_BYTES THREADS`.
+"""The enclave program: `python -I -m caltrain.enclave SOCKET_FD STORAGE_FD RING_FD SLOT_BYTES THREADS`.
 
 It imports what it needs, locks itself down, and only then reads its first message.
 """
@@ -25,18 +25,19 @@ from caltrain.errors import CaltrainError, ConfigError, ProtocolError
 def main(arguments: list[str]) -> int:
     """Run until stopped. Returns an exit code; errors go to standard error, which holds no secret."""
     try:
-        sock_fd, ring_fd, slot_bytes, threads = (int(a) for a in arguments)
+        sock_fd, storage_fd, ring_fd, slot_bytes, threads = (int(a) for a in arguments)
     except ValueError:
         error = ConfigError(
-            "enclave.arguments", "four numbers are needed", step="start enclave", fix="Let the host launch the enclave."
+            "enclave.arguments", "five numbers are needed", step="start enclave", fix="Let the host launch the enclave."
         )
         sys.stderr.write(f"{error}\n")
         return error.exit_code
     try:
         measurement = measure_enclave()
-        sandbox = lock_down(keep_fds=[sock_fd, ring_fd])
+        sandbox = lock_down(keep_fds=[sock_fd, storage_fd, ring_fd])
         torch.set_num_threads(threads)  # starts threads, so it comes after the lock
         channel = Channel(socket.socket(fileno=sock_fd), Ring(ring_fd, slot_bytes=slot_bytes, side=Side.ENCLAVE))
+        storage = Channel(socket.socket(fileno=storage_fd))
         boot = channel.receive(REQUESTS)
         if not isinstance(boot, Boot) or boot.kind != KIND:
             raise ProtocolError(
@@ -47,7 +48,8 @@ def main(arguments: list[str]) -> int:
             )
         states: dict[str, str] = {measure.name: measure.state for measure in sandbox.measures}
         channel.send(Ready(measurement, simulated=True, sandbox=states))
-        enclave_main(channel, SimulatedAttester(SigningKey(boot.root_secret), measurement=measurement))
+        attester = SimulatedAttester(SigningKey(boot.root_secret), measurement=measurement)
+        enclave_main(channel, attester, storage)
     except CaltrainError as error:
         if error.code == "door.closed":  # the host is gone: there is nobody left to tell
             return 0

@@ -26,7 +26,7 @@ from caltrain.enclave.run import Run, State, present
 from caltrain.errors import AccessError, DataError, IntegrityError
 from caltrain.models.network import features_and_logits
 from caltrain.plan import Plan, User
-from caltrain.training.batches import normalise
+from caltrain.training.batches import center_crop, normalise
 
 _BATCH = 256
 MAX_SCORES = 1 << 20
@@ -95,8 +95,8 @@ def _answer(run: Run, question: Question, inputs: Tensor, *, user: User, nonce: 
     plan, model = present(run.plan), present(run.model)
     features, scores = [], []
     for part in torch.split(inputs, _BATCH):
-        x = normalise(part, plan.data, channels_last=plan.training.channels_last)
-        embedding, logits = features_and_logits(model, x)
+        x = normalise(center_crop(part, plan.model.size), plan.data, channels_last=plan.training.channels_last)
+        embedding, logits = features_and_logits(model, plan.model, x)
         features.append(embedding)
         scores.append(logits.softmax(1))
     probabilities, embeddings = torch.cat(scores), torch.cat(features)
@@ -151,7 +151,7 @@ def _trace(
         head=run.chain.head,
         predicted=label,
         neighbours=neighbours,
-        center_audited=False,
+        audit_rate=run.audit_rate,
         simulated=run.vault.attester.simulated,
     )
     return run.vault.signing.sign("trace", statement)

@@ -5,11 +5,14 @@ from __future__ import annotations
 from caltrain.boundary.messages import Attest, Configure, Countersign, Done, MakeManifest, Provision
 from caltrain.boundary.sealed import PartySecret, ProvisionReceipt, SealedMessage, open_message
 from caltrain.crypto.dsse import open_envelope
+from caltrain.enclave.checkpoint import take_custody, write_checkpoint
 from caltrain.enclave.run import Run, State, present
 from caltrain.errors import AttestationError, ProvisioningError
+from caltrain.models.wheel import MAX_WHEEL_BYTES, load_wheel
 from caltrain.plan import (
     ManifestParty,
     Party,
+    Plan,
     RunManifest,
     check_approval,
     check_countersignature,
@@ -22,18 +25,13 @@ from caltrain.training.seeds import run_seed
 def configure(run: Run, message: Configure) -> tuple[Done, State]:
     """Take the plan that every party has approved, if it names this program."""
     plan = plan_from_json(message.plan)
-    if plan.enclave.measurement != run.vault.attester.measurement:
-        raise AttestationError(
-            "plan.other-measurement",
-            f"the plan trusts {plan.enclave.measurement}, this enclave is {run.vault.attester.measurement}",
-            step="configure",
-            fix="Run the program that the plan names, or have a new plan approved.",
-        )
+    check_program(run, plan)
     for party in plan.parties:
         envelope = message.approvals.get(party.name)
         if envelope is None:
             raise _not_in("provision.not-approved", party.name, "has not approved the plan", "configure")
         check_approval(plan, party.name, envelope)
+    take_wheel(run, plan)
     run.plan = plan
     run.record("plan", {"plan": plan.digest(), "form": plan.partition.form, "simulated": run.vault.attester.simulated})
     for party in plan.parties:
@@ -41,14 +39,36 @@ def configure(run: Run, message: Configure) -> tuple[Done, State]:
     return Done(), State.ENROLLING
 
 
+def check_program(run: Run, plan: Plan) -> None:
+    """Raise AttestationError unless the plan names this program."""
+    own = run.vault.attester.measurement
+    if plan.enclave.measurement != own:
+        raise AttestationError(
+            "plan.other-measurement",
+            f"the plan trusts {plan.enclave.measurement}, this enclave is {own}",
+            step="configure",
+            fix="Run the program that the plan names, or have a new plan approved.",
+        )
+
+
+def take_wheel(run: Run, plan: Plan) -> None:
+    """Load the wheel whose digest the plan names, if it names one; the host keeps it as `wheel`."""
+    if plan.model.wheel is not None:
+        run.factory = load_wheel(run.door.read_all("wheel", limit=MAX_WHEEL_BYTES), plan.model.wheel)
+    run.door.max_rms = plan.center.max_rms
+
+
+_ATTESTS = {State.ENROLLING: "training", State.RESUMING: "resume", State.LINKED: "query"}
+
+
 def attest(run: Run, message: Attest) -> tuple[Done, State]:
-    """Evidence for a party (training) or, once the model is linked, for a model user (query)."""
-    if (message.purpose == "query") != (run.state is State.LINKED):
+    """Evidence for a party (training, resume) or, once the model is linked, for a model user (query)."""
+    if message.purpose != _ATTESTS.get(run.state):
         raise AttestationError(
             "attest.purpose",
             f"a run that is {run.state} gives no evidence for {message.purpose}",
             step="attest",
-            fix="Parties attest before the manifest, model users once the model is linked.",
+            fix="Parties attest before the manifest or to resume a run, model users once the model is linked.",
         )
     return Done(
         bundle=run.vault.attest(message.purpose, plan=present(run.plan).digest(), nonce=message.nonce)
@@ -107,6 +127,13 @@ def make_manifest(run: Run, _message: MakeManifest) -> tuple[Done, State]:
         enclave_signing_key=vault.signing.public,
         parties=entries,
     )
+    if plan.training.patience and not manifest.records(held_out=True):
+        raise ProvisioningError(
+            "manifest.nothing-held-out",
+            "the plan ends the run by a loss on held-out records, but nobody held any out",
+            step="make manifest",
+            fix="Have a party seal a shard of held-out records, or agree on patience = 0.",
+        )
     if manifest.records() < plan.training.batch:
         raise ProvisioningError(
             "manifest.too-few-records",
@@ -130,6 +157,8 @@ def countersign(run: Run, message: Countersign) -> tuple[Done, State]:
         return Done(), State.AGREEING
     entropies = [run.vault.parties[party.name].entropy for party in plan.parties]
     run.seed = run_seed(run.vault.randomness, entropies)
+    take_custody(run)
+    write_checkpoint(run, State.AGREED)
     return Done(), State.AGREED
 
 

@@ -11,19 +11,20 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from caltrain.boundary.messages import Done, Ingest, StoredShard
-from caltrain.crypto.digests import same, to_text
+from caltrain.crypto.digests import same, to_raw, to_text
 from caltrain.crypto.merkle import MerkleBuilder
+from caltrain.enclave.audit import Audit
+from caltrain.enclave.checkpoint import write_checkpoint
 from caltrain.enclave.door import Door
-from caltrain.enclave.pool import Pool, PoolShape, Rows
-from caltrain.enclave.run import Run, State, present
+from caltrain.enclave.pool import Pool, PoolPlace, PoolShape, Rows
+from caltrain.enclave.run import Course, Run, State, present
+from caltrain.enclave.zones import center_zone, make_zones
 from caltrain.errors import DataError, IntegrityError, LineageError
-from caltrain.models.network import zone_ranges
+from caltrain.models.weights import model_digest
 from caltrain.plan import ManifestShard, Plan, RunManifest
 from caltrain.records import shard as shards
 from caltrain.records.commitment import RecordRef, commit
 from caltrain.records.schema import DataSchema, decode_record
-from caltrain.training.seeds import RunSeeds
-from caltrain.training.zone import Zone
 
 # A row of the pool: party, shard (numbers in the manifest), leaf, label; commitment; elements.
 _PLACE = np.dtype([("party", "<u4"), ("shard", "<u4"), ("leaf", "<u4"), ("label", "<u4")])
@@ -44,32 +45,48 @@ def ingest(run: Run, message: Ingest) -> tuple[Done, State]:
             step="ingest",
             fix=f"Have {gone.party} send it again.",
         )
-    torch.set_num_threads(plan.training.threads)
-    pool = Pool(run.door, shape=PoolShape.fit(manifest.records(), _HEAD + _element_bytes(plan.data)))
-    taken = 0
+    pools = {False: make_pool(run, "pool"), True: make_pool(run, "held-out")}
+    taken, total = 0, manifest.records() + manifest.records(held_out=True)
     for party_index, party in enumerate(manifest.parties):
         seen: set[bytes] = set()
         for shard_index, entry in enumerate(party.shards):
             place = (party_index, shard_index)
             for row in _shard_rows(run, plan, RecordRef(party.name, entry.shard, 0), entry, place, seen):
-                pool.append(row)
+                pools[entry.held_out].append(row)
             taken += entry.records
-            run.door.progress("ingest", taken, manifest.records())
-    pool.finish()
-    run.pool = pool
-    _make_zones(run, plan)
+            run.door.progress("ingest", taken, total)
+    for pool in pools.values():
+        pool.finish()
+    run.pool, run.held_out = pools[False], pools[True] if pools[True].shape.records else None
+    start_training(run, Course(front=plan.partition.front), (0, 0))
+    _first_center(run)
     run.record("ingest", {"records": taken, "ignored": len(stored - wanted)})
+    write_checkpoint(run, State.READY)
     ignored = tuple(sorted(stored - wanted, key=lambda s: (s.party, s.shard)))
-    return Done(ignored=ignored, center_seed=run.seeds.center), State.READY
+    return Done(ignored=ignored, center_seed=run.seeds.center, at=(0, 0), front=plan.partition.front), State.READY
 
 
-def _make_zones(run: Run, plan: Plan) -> None:
-    front, _, head = zone_ranges(plan.model, plan.partition)
-    seeds: RunSeeds = run.seeds
-    shape, training = plan.data.shape, plan.training
-    run.front = Zone(plan.model, front, input_shape=shape, training=training, seed=seeds.front)
-    if plan.partition.head:
-        run.head = Zone(plan.model, head, input_shape=shape, training=training, seed=seeds.head)
+def make_pool(run: Run, name: str, place: PoolPlace | None = None) -> Pool:
+    """The pool `pool` of the records to train on, or `held-out`."""
+    plan, records = present(run.plan), present(run.manifest).records(held_out=name == "held-out")
+    shape = PoolShape.fit(records, _HEAD + _element_bytes(plan.data))
+    return Pool(run.door, shape=shape, name=name, place=place)
+
+
+def start_training(run: Run, course: Course, audited: tuple[int, int]) -> None:
+    """Everything that training needs beside the pools, at this place of the run."""
+    plan = present(run.plan)
+    torch.set_num_threads(plan.training.threads)
+    run.course = course
+    run.audit = Audit(plan.center.audit_rate, plan.center.audit_steps, runs=audited[0], audited=audited[1])
+    make_zones(run)
+
+
+def _first_center(run: Run) -> None:
+    """Where the center is audited, it must begin as its seed says."""
+    plan, course = present(run.plan), present(run.course)
+    if plan.center.audit_rate:
+        course.center = to_raw(model_digest(plan.model, center_zone(run).state()))
 
 
 def _shard_rows(

@@ -13,7 +13,9 @@ import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Annotated
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -23,7 +25,7 @@ from caltrain.enclave.door import Door
 from caltrain.errors import IntegrityError
 
 _BLOCK_BYTES = 1 << 20
-_PART_BYTES = 32 << 20
+_PART_BYTES = 8 << 20
 Rows = NDArray[np.uint8]
 
 
@@ -60,16 +62,31 @@ class PoolShape:
         return min(self.part, math.ceil(mean + 6 * math.sqrt(mean) + 8))
 
 
-class Pool:
-    """Rows of fixed size in the host's storage. `generation` counts the shuffles."""
+class PoolPlace(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What it takes to open the present generation again."""
 
-    def __init__(self, door: Door, *, shape: PoolShape) -> None:
+    generation: int
+    key: Annotated[bytes, msgspec.Meta(min_length=32, max_length=32)]
+
+
+class Pool:
+    """Rows of fixed size in the host's storage, as objects called `name-...`. `generation` counts the shuffles.
+
+    Each generation has a key drawn anew, so a shuffle that is repeated after a restart never repeats a nonce.
+    """
+
+    def __init__(self, door: Door, *, shape: PoolShape, name: str = "pool", place: PoolPlace | None = None) -> None:
         self.shape = shape
-        self.generation = 0
+        self.place = place or PoolPlace(0, os.urandom(32))
         self._door = door
-        self._secret = os.urandom(32)
+        self._name = name
         self._buffer: list[bytes] = []
         self._written = 0
+
+    @property
+    def generation(self) -> int:
+        """How often the pool was shuffled."""
+        return self.place.generation
 
     # -- filling -------------------------------------------------------------------------------------------------
 
@@ -85,7 +102,7 @@ class Pool:
             self._flush()
 
     def _flush(self) -> None:
-        self._write_block(self._cipher("pool", 0), "pool-0", self._written, b"".join(self._buffer))
+        self._write_block(self._cipher("pool", self.place), self.place, self._written, b"".join(self._buffer))
         self._written += 1
         self._buffer.clear()
 
@@ -93,39 +110,43 @@ class Pool:
 
     def rows(self, start: int, stop: int) -> Rows:
         """Rows `start` to `stop` (start at a block's beginning) of the present generation: (n, row_bytes)."""
-        cipher, name = self._cipher("pool", self.generation), _name(self.generation)
-        blocks = [self._read_block(cipher, name, i) for i in range(start // self.shape.block, self._blocks(stop))]
+        cipher = self._cipher("pool", self.place)
+        blocks = [self._read_block(cipher, i) for i in range(start // self.shape.block, self._blocks(stop))]
         return np.frombuffer(b"".join(blocks), np.uint8).reshape(-1, self.shape.row_bytes)[: stop - start]
 
-    def batches(self, size: int) -> Iterator[Rows]:
-        """Full batches of `size` rows in order; a rest that fills none is left out."""
-        pending = np.empty((0, self.shape.row_bytes), np.uint8)
-        for start in range(0, self.shape.records, self.shape.block):
-            more = self.rows(start, min(start + self.shape.block, self.shape.records))
-            pending = np.concatenate((pending, more))
-            whole = len(pending) - len(pending) % size
-            yield from pending[:whole].reshape(-1, size, self.shape.row_bytes)
-            pending = pending[whole:]
+    def batches(self, size: int, *, first: int = 0, whole: bool = True) -> Iterator[Rows]:
+        """Batches of `size` rows in order, from batch `first` on; a rest that fills none only unless `whole`."""
+        begin = first * size
+        pending, skip = _empty(self.shape.row_bytes), begin % self.shape.block
+        for start in range(begin - skip, self.shape.records, self.shape.block):
+            more = self.rows(start, min(start + self.shape.block, self.shape.records))[skip:]
+            pending, skip = np.concatenate((pending, more)), 0
+            full = len(pending) - len(pending) % size
+            yield from pending[:full].reshape(-1, size, self.shape.row_bytes)
+            pending = pending[full:]
+        if len(pending) and not whole:
+            yield pending
 
     # -- shuffling -----------------------------------------------------------------------------------------------
 
     def shuffle(self, order: NDArray[np.int64]) -> None:
         """Write the next generation: its row i is row `order[i]` of the present one."""
+        coming = PoolPlace(self.generation + 1, os.urandom(32))
         if self.shape.parts == 1:
-            self._write_part(0, self.rows(0, self.shape.records)[order])
+            self._write_part(coming, 0, self.rows(0, self.shape.records)[order])
         else:
             target = np.empty_like(order)
             target[order] = np.arange(len(order))
-            cells = self._distribute(target)
+            cells = self._distribute(target, coming)
             for bucket in range(self.shape.parts):
-                self._write_part(bucket, self._collect(bucket, cells))
-        self.generation += 1
+                self._write_part(coming, bucket, self._collect(bucket, cells, coming))
+        self.place = coming
 
-    def _distribute(self, target: NDArray[np.int64]) -> int:
+    def _distribute(self, target: NDArray[np.int64], coming: PoolPlace) -> int:
         """Pass 1: send every row, with its place, to the cell of its bucket. Returns the cells of a bucket."""
         shape = self.shape
-        cipher = self._cipher("cells", self.generation)
-        stash = [_no_rows(shape) for _ in range(shape.parts)]
+        cipher = self._cipher("cells", coming)
+        stash = [_empty(8 + shape.row_bytes) for _ in range(shape.parts)]
         for turn in range(shape.parts + 1):
             start, stop = turn * shape.part, min((turn + 1) * shape.part, shape.records)
             if turn < shape.parts:
@@ -146,14 +167,14 @@ class Pool:
             )
         return shape.parts + 1
 
-    def _collect(self, bucket: int, cells: int) -> Rows:
+    def _collect(self, bucket: int, cells: int, coming: PoolPlace) -> Rows:
         """Pass 2: the rows of one bucket in their order."""
-        cipher, shape = self._cipher("cells", self.generation), self.shape
+        cipher, shape = self._cipher("cells", coming), self.shape
         size = shape.cell * (8 + shape.row_bytes)
         found: list[Rows] = []
         for turn in range(cells):
             index = turn * shape.parts + bucket
-            sealed = self._door.read("pool-cells", offset=index * (size + TAG_BYTES), length=size + TAG_BYTES)
+            sealed = self._door.read(f"{self._name}-cells", offset=index * (size + TAG_BYTES), length=size + TAG_BYTES)
             plain = cipher.unseal(index, sealed, step="shuffle pool")
             rows = np.frombuffer(plain, np.uint8).reshape(shape.cell, -1)
             found.append(rows[_places(rows) >= 0])
@@ -165,33 +186,37 @@ class Pool:
         cell[:, :8] = 255  # place -1: padding
         cell[: len(rows)] = rows
         sealed = cipher.seal(index, cell.tobytes())
-        self._door.write("pool-cells", sealed, offset=index * len(sealed))
+        self._door.write(f"{self._name}-cells", sealed, offset=index * len(sealed))
 
-    def _write_part(self, part: int, rows: Rows) -> None:
-        cipher, name = self._cipher("pool", self.generation + 1), _name(self.generation + 1)
+    def _write_part(self, coming: PoolPlace, part: int, rows: Rows) -> None:
+        cipher = self._cipher("pool", coming)
         first = part * self.shape.part // self.shape.block
         for i in range(0, len(rows), self.shape.block):
             block = rows[i : i + self.shape.block].tobytes()
-            self._write_block(cipher, name, first + i // self.shape.block, block)
+            self._write_block(cipher, coming, first + i // self.shape.block, block)
 
     # -- blocks --------------------------------------------------------------------------------------------------
 
-    def _cipher(self, what: str, generation: int) -> FrameCipher:
+    def _cipher(self, what: str, place: PoolPlace) -> FrameCipher:
         """A key for each generation: frame numbers are its nonces, and an old generation does not open in a new."""
-        key = derive(self._secret, f"{what}/v1", generation.to_bytes(8, "big"))
+        key = derive(place.key, f"{what}/v1", place.generation.to_bytes(8, "big"))
         return FrameCipher(key, context=what.encode())
 
     def _blocks(self, rows: int) -> int:
         return math.ceil(rows / self.shape.block)
 
-    def _write_block(self, cipher: FrameCipher, name: str, index: int, rows: bytes) -> None:
-        self._door.write(name, cipher.seal(index, rows), offset=index * (self._block_bytes + TAG_BYTES))
+    def _object(self, place: PoolPlace) -> str:
+        # Two objects in turn: the one being read, the one being written.
+        return f"{self._name}-{place.generation % 2}"
 
-    def _read_block(self, cipher: FrameCipher, name: str, index: int) -> bytes:
+    def _write_block(self, cipher: FrameCipher, place: PoolPlace, index: int, rows: bytes) -> None:
+        offset = index * (self._block_bytes + TAG_BYTES)
+        self._door.write(self._object(place), cipher.seal(index, rows), offset=offset)
+
+    def _read_block(self, cipher: FrameCipher, index: int) -> bytes:
         rows = min(self.shape.block, self.shape.records - index * self.shape.block)
-        sealed = self._door.read(
-            name, offset=index * (self._block_bytes + TAG_BYTES), length=rows * self.shape.row_bytes + TAG_BYTES
-        )
+        offset, length = index * (self._block_bytes + TAG_BYTES), rows * self.shape.row_bytes + TAG_BYTES
+        sealed = self._door.read(self._object(self.place), offset=offset, length=length)
         return cipher.unseal(index, sealed, step="read pool")
 
     @property
@@ -199,13 +224,8 @@ class Pool:
         return self.shape.block * self.shape.row_bytes
 
 
-def _name(generation: int) -> str:
-    # Two objects in turn: the one being read, the one being written.
-    return f"pool-{generation % 2}"
-
-
-def _no_rows(shape: PoolShape) -> Rows:
-    return np.empty((0, 8 + shape.row_bytes), np.uint8)
+def _empty(width: int) -> Rows:
+    return np.empty((0, width), np.uint8)
 
 
 def _with_place(rows: Rows, place: NDArray[np.int64]) -> Rows:

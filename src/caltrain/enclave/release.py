@@ -3,45 +3,37 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
 
 from caltrain.accountability.neighbours import label_disagreement
 from caltrain.boundary.messages import Done, Link, Release
 from caltrain.boundary.sealed import ReleasedPart, SuspicionReport, seal_for
-from caltrain.crypto.digests import canonical_json, digest, same, to_raw
+from caltrain.crypto.digests import canonical_json, digest
 from caltrain.crypto.merkle import merkle_root
 from caltrain.enclave.ingest import lineage, unpack
-from caltrain.enclave.run import Linkage, Run, State, present
+from caltrain.enclave.run import Linkage, Run, present
+from caltrain.enclave.run import State as RunState
+from caltrain.enclave.zones import same_center, shown_center
 from caltrain.errors import IntegrityError
-from caltrain.models.network import build, features_and_logits, lay_out, zone_of, zone_ranges
-from caltrain.models.weights import decode_state, encode_state, load_zone, model_digest, state_of
-from caltrain.plan import Plan
+from caltrain.models.network import Network, build, features_and_logits, lay_out, zone_of
+from caltrain.models.spec import zone_ranges
+from caltrain.models.weights import State, encode_state, load_zone, model_digest, state_of
+from caltrain.provenance.chain import EventKind
 from caltrain.provenance.statements import LinkedModel, ModelStatement
-from caltrain.training.batches import normalise
+from caltrain.training.batches import center_crop, normalise
+from caltrain.training.zone import MOMENTUM
 
 _LINK_BATCH = 256
 
 
-def release(run: Run, message: Release) -> tuple[Done, State]:
+def release(run: Run, _message: Release) -> tuple[Done, RunState]:
     """Join the zones, name the whole by its digest, seal the inner zones to each party."""
     plan, manifest = present(run.plan), present(run.manifest)
-    if message.center_bytes > _center_limit(plan):
-        raise IntegrityError(
-            "release.too-large",
-            f"a CenterNet of {message.center_bytes} bytes, the plan's has at most {_center_limit(plan)}",
-            step="release",
-            fix="Stop the run: the host does not hold the model of the plan.",
-        )
-    center_state = decode_state(run.door.read("center", offset=0, length=message.center_bytes), step="release")
-    if not same(to_raw(model_digest(plan.model, center_state)), run.center_commitment):
-        raise IntegrityError(
-            "release.other-center",
-            "the CenterNet is not the one that the host committed to after the last epoch",
-            step="release",
-            fix="Stop trusting this host: it exchanged the CenterNet after training.",
-        )
+    course = present(run.course)
+    same_center(run)
+    center = shown_center(run, (course.epoch, course.step), course.center)
+    weights = {name: value for name, value in center.items() if not name.startswith(MOMENTUM)}
     front, head = state_of(present(run.front).module), state_of(run.head.module) if run.head else {}
-    run.model = _join(plan, (front, center_state, head))
+    run.model = _join(run, (front, weights, head))
     run.model_digest = model_digest(plan.model, state_of(run.model))
     part = ReleasedPart(
         model=run.model_digest,
@@ -57,36 +49,39 @@ def release(run: Run, message: Release) -> tuple[Done, State]:
         plan=plan.digest(),
         manifest=manifest.digest(),
         model=run.model_digest,
-        epochs=run.epoch,
-        center_audited=False,
+        epochs=course.epoch,
+        front_public=plan.training.initial is not None,
+        audit_rate=run.audit_rate,
         simulated=run.vault.attester.simulated,
     )
-    run.record(
-        "release", {"model": run.model_digest, "center_audited": False, "seed_revealed": plan.release.reveal_seed}
+    _record_once(
+        run,
+        "release",
+        {"model": run.model_digest, "audit_rate": run.audit_rate, "seed_revealed": plan.release.reveal_seed},
     )
-    return Done(sealed=sealed, signed=run.vault.signing.sign("model", statement)), State.RELEASED
+    return Done(sealed=sealed, signed=run.vault.signing.sign("model", statement)), RunState.RELEASED
 
 
-def _join(plan: Plan, states: tuple[dict[str, Tensor], ...]) -> nn.Sequential:
+def _record_once(run: Run, kind: EventKind, body: dict[str, object]) -> None:
+    """A run that was taken up again after its release does not release another time."""
+    if not run.chain.holds(kind, body):
+        run.record(kind, body)
+
+
+def _join(run: Run, states: tuple[State, State, State]) -> Network:
     """The whole model, for inference, from the states of FrontNet, CenterNet and HeadNet.
 
     Each zone takes exactly the tensors that are its own: a CenterNet with more in it would replace ours.
     """
-    model = build(plan.model, input_shape=plan.data.shape)
-    for layers, state in zip(zone_ranges(plan.model, plan.partition), states, strict=True):
-        load_zone(zone_of(model, layers), state, step="release")
+    plan = present(run.plan)
+    model = build(plan.model, input_shape=plan.data.shape, factory=run.factory)
+    for layers, state in zip(zone_ranges(plan.model, run.partition), states, strict=True):
+        load_zone(zone_of(model, plan.model, layers), state, step="release")
     lay_out(model, channels_last=plan.training.channels_last)
     return model.eval()
 
 
-def _center_limit(plan: Plan) -> int:
-    """Bytes that the CenterNet's weights take, with room for the names and shapes in the file's head."""
-    with torch.device("meta"):
-        center = build(plan.model, input_shape=plan.data.shape, layers=zone_ranges(plan.model, plan.partition)[1])
-    return sum(value.numel() * value.element_size() for value in state_of(center).values()) + (1 << 20)
-
-
-def link(run: Run, _message: Link) -> tuple[Done, State]:
+def link(run: Run, _message: Link) -> tuple[Done, RunState]:
     """One forward pass of all records, without augmentation: fingerprint, label, source, commitment of each."""
     plan, manifest, pool, model = present(run.plan), present(run.manifest), present(run.pool), present(run.model)
     features, labels = [], []
@@ -97,8 +92,9 @@ def link(run: Run, _message: Link) -> tuple[Done, State]:
         elements, own_labels = unpack(rows, plan.data)
         with torch.inference_mode():
             for part in torch.split(elements, _LINK_BATCH):
-                x = normalise(part, plan.data, channels_last=plan.training.channels_last)
-                features.append(features_and_logits(model, x)[0])
+                x = center_crop(part, plan.model.size)
+                x = normalise(x, plan.data, channels_last=plan.training.channels_last)
+                features.append(features_and_logits(model, plan.model, x)[0])
         labels.append(own_labels)
         for reference, commitment in lineage(rows, manifest):
             linkage.records.append(reference)
@@ -119,11 +115,13 @@ def link(run: Run, _message: Link) -> tuple[Done, State]:
         model=run.model_digest,
         records=len(linkage.records),
         commitments="sha256:" + root.hex(),
-        center_audited=False,
+        audit_rate=run.audit_rate,
         simulated=run.vault.attester.simulated,
     )
-    run.record("link", {"model": run.model_digest, "records": statement.records, "statement": _digest(statement)})
-    return Done(signed=run.vault.signing.sign("linked-model", statement), sealed=_suspicion(run)), State.LINKED
+    _record_once(
+        run, "link", {"model": run.model_digest, "records": statement.records, "statement": _digest(statement)}
+    )
+    return Done(signed=run.vault.signing.sign("linked-model", statement), sealed=_suspicion(run)), RunState.LINKED
 
 
 def _digest(statement: LinkedModel) -> str:
@@ -140,6 +138,7 @@ def _suspicion(run: Run) -> dict[str, bytes]:
         own = {
             s.shard: b"".join(table[party.name, s.shard, leaf].to_bytes(2, "little") for leaf in range(s.records))
             for s in party.shards
+            if not s.held_out
         }
         report = SuspicionReport(model=run.model_digest, scores=own)
         key = run.vault.parties[party.name].data_key

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TypeVar
 
-from torch import Tensor, nn
+from torch import Tensor
 
+from caltrain.enclave.audit import Audit
 from caltrain.enclave.door import Door
 from caltrain.enclave.pool import Pool
 from caltrain.enclave.vault import Vault
 from caltrain.errors import ProtocolError
+from caltrain.models.network import Network
+from caltrain.models.spec import Partition
+from caltrain.models.wheel import Factory, no_wheel
 from caltrain.plan import Plan, RunManifest
 from caltrain.provenance.chain import Chain, EventKind
 from caltrain.records.commitment import RecordRef
@@ -19,6 +24,7 @@ from caltrain.training.seeds import RunSeeds
 from caltrain.training.zone import Zone
 
 T = TypeVar("T")
+Batch = tuple[Tensor, Tensor]
 
 
 class State(StrEnum):
@@ -26,6 +32,7 @@ class State(StrEnum):
 
     NEW = "new"
     ENROLLING = "enrolling"
+    RESUMING = "resuming"
     AGREEING = "agreeing"
     AGREED = "agreed"
     READY = "ready"
@@ -46,6 +53,43 @@ class Linkage:
 
 
 @dataclass
+class Course:
+    """How far training has come: the next step is `step` of `epoch`, with a FrontNet of `front` layers.
+
+    `loss` sums over the steps of this epoch so far; `best` is the lowest loss on the held-out records, `since` the
+    epochs since then.
+    """
+
+    front: int
+    epoch: int = 0
+    step: int = 0
+    loss: float = 0.0
+    best: float = float("inf")
+    since: int = 0
+    center: bytes = b""
+    """Digest of the CenterNet's state before the next step, as far as it is committed to."""
+
+
+@dataclass
+class Custody:
+    """What seals the checkpoints: their key, and one share of it for each party, sealed to that party."""
+
+    key: bytes
+    shares: dict[str, bytes]
+    written: int = 0
+
+
+@dataclass
+class Resuming:
+    """Which checkpoint of which run is to be taken up; by party, the head that it signed and its share of the key."""
+
+    run: str
+    digest: str
+    checkpoint: str
+    words: dict[str, tuple[str, bytes]] = field(default_factory=dict)
+
+
+@dataclass
 class Run:
     """Everything that a run knows; optional fields fill as it moves on."""
 
@@ -57,15 +101,20 @@ class Run:
     manifest: RunManifest | None = None
     countersigned: set[str] = field(default_factory=set)
     seed: bytes = b""
+    factory: Factory = no_wheel
+    custody: Custody | None = None
     pool: Pool | None = None
+    held_out: Pool | None = None
     front: Zone | None = None
     head: Zone | None = None
-    epoch: int = 0
-    center_commitment: bytes = b""
-    model: nn.Sequential | None = None
+    course: Course | None = None
+    audit: Audit | None = None
+    batches: Iterator[Batch] | None = None
+    model: Network | None = None
     model_digest: str = ""
     linkage: Linkage | None = None
     spent: dict[str, int] = field(default_factory=dict)
+    resuming: Resuming | None = None
     pending: list[tuple[EventKind, dict[str, object]]] = field(default_factory=list)
 
     def record(self, kind: EventKind, body: dict[str, object]) -> None:
@@ -76,6 +125,21 @@ class Run:
     def seeds(self) -> RunSeeds:
         """Sub-seeds of the run."""
         return RunSeeds.from_run_seed(self.seed)
+
+    @property
+    def partition(self) -> Partition:
+        """The cut as it is now."""
+        return present(self.plan).partition.at(present(self.course).front)
+
+    @property
+    def audit_rate(self) -> float:
+        """The share of the center's steps that is repeated inside: what statements say of it."""
+        return present(self.plan).center.audit_rate
+
+    @property
+    def steps(self) -> int:
+        """Steps of an epoch."""
+        return present(self.manifest).records() // present(self.plan).training.batch
 
 
 def present(value: T | None) -> T:

@@ -3,11 +3,14 @@
     state      message             handler            next state
     ---------  ------------------  -----------------  ---------------------------------------
     new        Configure           configure          enrolling
+    new        Resume              resume             resuming
+    resuming   Attest, Rejoin      attest, rejoin     resuming; with the quorum where the run was
     enrolling  Attest, Provision   attest, provision  enrolling
     enrolling  MakeManifest        make_manifest      agreeing
     agreeing   Countersign         countersign        agreeing, agreed with the last signature
     agreed     Ingest              ingest             ready
-    ready      TrainEpoch          train_epoch        ready, trained after the last epoch
+    ready      Train               train              ready, trained after the last epoch
+    ready      MoveCut             move_cut           ready
     trained    Release             release            released
     released   Link                link               linked
     linked     Attest, Query, RecordDisclosure        linked
@@ -15,7 +18,7 @@
 
 A request that fails before the run began (up to `agreeing`) or after it ended (`linked`) changes nothing, save that
 the nonce and the budget that it used stay used; one that fails between leaves a run that cannot be trusted, so it
-stops for good. A request that the table does not have is refused without either.
+stops for good, with an event that says why. A request that the table does not have is refused without either.
 """
 
 from __future__ import annotations
@@ -37,22 +40,28 @@ from caltrain.boundary.messages import (
     Ingest,
     Link,
     MakeManifest,
+    MoveCut,
     Provision,
     Query,
     RecordDisclosure,
+    Rejoin,
     Release,
     Reply,
     Request,
+    Resume,
     Stop,
-    TrainEpoch,
+    Train,
 )
+from caltrain.crypto.dsse import Envelope
 from caltrain.enclave.answer import query, record_disclosure
+from caltrain.enclave.cut import move_cut
 from caltrain.enclave.door import Door
 from caltrain.enclave.enrol import attest, configure, countersign, make_manifest, provision
 from caltrain.enclave.ingest import ingest
 from caltrain.enclave.release import link, release
+from caltrain.enclave.resume import rejoin, resume
 from caltrain.enclave.run import Run, State
-from caltrain.enclave.train import train_epoch
+from caltrain.enclave.train import train
 from caltrain.enclave.vault import Vault
 from caltrain.errors import CaltrainError, ProtocolError
 from caltrain.provenance.chain import Chain
@@ -60,25 +69,29 @@ from caltrain.provenance.chain import Chain
 Handler = Callable[[Run, Any], tuple[Done, State]]
 TABLE: dict[tuple[State, type], tuple[Handler, frozenset[State]]] = {
     (State.NEW, Configure): (configure, frozenset({State.ENROLLING})),
+    (State.NEW, Resume): (resume, frozenset({State.RESUMING})),
+    (State.RESUMING, Attest): (attest, frozenset({State.RESUMING})),
+    (State.RESUMING, Rejoin): (rejoin, frozenset({State.RESUMING, State.AGREED, State.READY, State.TRAINED})),
     (State.ENROLLING, Attest): (attest, frozenset({State.ENROLLING})),
     (State.ENROLLING, Provision): (provision, frozenset({State.ENROLLING})),
     (State.ENROLLING, MakeManifest): (make_manifest, frozenset({State.AGREEING})),
     (State.AGREEING, Countersign): (countersign, frozenset({State.AGREEING, State.AGREED})),
     (State.AGREED, Ingest): (ingest, frozenset({State.READY})),
-    (State.READY, TrainEpoch): (train_epoch, frozenset({State.READY, State.TRAINED})),
+    (State.READY, Train): (train, frozenset({State.READY, State.TRAINED})),
+    (State.READY, MoveCut): (move_cut, frozenset({State.READY})),
     (State.TRAINED, Release): (release, frozenset({State.RELEASED})),
     (State.RELEASED, Link): (link, frozenset({State.LINKED})),
     (State.LINKED, Attest): (attest, frozenset({State.LINKED})),
     (State.LINKED, Query): (query, frozenset({State.LINKED})),
     (State.LINKED, RecordDisclosure): (record_disclosure, frozenset({State.LINKED})),
 }
-_HARMLESS = frozenset({State.NEW, State.ENROLLING, State.AGREEING, State.LINKED})
+_HARMLESS = frozenset({State.NEW, State.ENROLLING, State.RESUMING, State.AGREEING, State.LINKED})
 
 
-def enclave_main(channel: Channel, attester: Attester) -> None:
+def enclave_main(channel: Channel, attester: Attester, storage: Channel | None = None) -> None:
     """Serve requests until `Stop` or the end of the stream (which raises EnvironmentFault)."""
     vault = Vault(attester)
-    run = Run(vault=vault, door=Door(channel), chain=Chain(vault.signing, run=vault.run))
+    run = Run(vault=vault, door=Door(channel, storage), chain=Chain(vault.signing, run=vault.run))
     while run.state is not State.STOPPED:
         request = channel.receive(REQUESTS)
         channel.send(handle(run, request))
@@ -100,11 +113,16 @@ def handle(run: Run, request: Request) -> Reply:
             raise _refused("session.other-state", f"{type(request).__name__} led from {before} to {after}")
         events = tuple(run.chain.append(kind, body) for kind, body in run.pending)
     except CaltrainError as error:
-        if fatal:
-            run.state = State.STOPPED
-        return Failed(error.diagnostics(), fatal)
+        return Failed(error.diagnostics(), fatal, _stopped(run, error) if fatal else ())
     run.state = after
     return msgspec.structs.replace(reply, events=events)
+
+
+def _stopped(run: Run, error: CaltrainError) -> tuple[Envelope, ...]:
+    """The run ends here. The chain says why, or only that the host said so: its words are not signed."""
+    before, run.state = run.state, State.STOPPED
+    why = "host.reported" if error.reported else error.code
+    return (run.chain.append("stopped", {"state": before, "code": why}),)
 
 
 def _look_up(state: State, request: Request) -> tuple[Handler, frozenset[State]]:

@@ -7,88 +7,168 @@ One step, ternary:  x -> FrontNet -> IR out; center output in -> HeadNet and los
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
 import numpy as np
 import torch
-from torch import Tensor
 
-from caltrain.boundary.messages import Done, TrainEpoch
+from caltrain.boundary.channel import Tensors
+from caltrain.boundary.messages import Done, Measured, Train
 from caltrain.boundary.tensors import Role
-from caltrain.crypto.digests import to_text
+from caltrain.enclave.audit import Crossing, check_end, repeat
+from caltrain.enclave.checkpoint import write_checkpoint
 from caltrain.enclave.ingest import unpack
-from caltrain.enclave.run import Run, State, present
+from caltrain.enclave.measure import measure
+from caltrain.enclave.prefetch import Prefetch
+from caltrain.enclave.run import Batch, Course, Run, State, present
+from caltrain.enclave.zones import center_zone, same_center, shown_center
 from caltrain.errors import DataError, ProtocolError
-from caltrain.models.spec import layer_shapes
-from caltrain.models.weights import model_digest, state_of
-from caltrain.plan import Plan
+from caltrain.models.spec import cut_shapes
 from caltrain.training.batches import augment, normalise
-from caltrain.training.seeds import Draws, RunSeeds, epoch_order
+from caltrain.training.seeds import Draws, epoch_order
+from caltrain.training.zone import At
 
 
-def train_epoch(run: Run, message: TrainEpoch) -> tuple[Done, State]:
-    """One epoch over the freshly shuffled pool."""
-    plan, manifest, pool = present(run.plan), present(run.manifest), present(run.pool)
-    if message.epoch != run.epoch:
+def train(run: Run, message: Train) -> tuple[Done, State]:
+    """From the step where the run is to its next checkpoint, at the latest the end of the epoch."""
+    plan, course, audit = present(run.plan), present(run.course), present(run.audit)
+    _check_place(run, course, message)
+    if course.step == 0:
+        _begin_epoch(run, course)
+    if run.batches is None:
+        batches = _batches(run, course.epoch, course.step)
+        run.batches = Prefetch(batches) if run.door.reads_ahead else batches
+    every = plan.training.checkpoint_steps or run.steps
+    stop = min(run.steps, (course.step // every + 1) * every)
+    while course.step < stop:
+        length = min(audit.length, stop - course.step) if audit.rate else stop - course.step
+        _short_run(run, length, durable=course.step + length == stop)
+    loss, measured, state = course.loss / stop, None, State.READY
+    if stop == run.steps:
+        measured, state = _end_epoch(run, course)
+    if audit.rate:
+        run.record("audit", {"rate": audit.rate, "runs": audit.runs, "repeated": audit.audited})
+    write_checkpoint(run, state)
+    reply = Done(loss=loss, held_out=measured, state=state, at=(course.epoch, course.step), front=course.front)
+    return reply, state
+
+
+def _check_place(run: Run, course: Course, message: Train) -> None:
+    """The host must go on exactly where the run is, with the CenterNet that it committed to."""
+    if (message.epoch, message.step) != (course.epoch, course.step):
         raise ProtocolError(
-            "train.other-epoch",
-            f"epoch {message.epoch} was asked for, epoch {run.epoch} is next",
+            "train.not-here",
+            f"step {message.epoch}.{message.step} was asked for, {course.epoch}.{course.step} is next",
             step="train",
-            fix="Ask for the epochs in order.",
+            fix="Ask for the steps in order.",
         )
-    seeds, epoch, total = run.seeds, run.epoch, 0.0
-    steps = manifest.records() // plan.training.batch
-    pool.shuffle(epoch_order(manifest.records(), seed=seeds.order, epoch=epoch).numpy().astype(np.int64))
-    for step, rows in enumerate(pool.batches(plan.training.batch)):
-        elements, labels = unpack(rows, plan.data)
-        x = augment(elements, plan.training.augment, Draws(seeds.augment, epoch, step))
-        x = normalise(x, plan.data, channels_last=plan.training.channels_last)
-        total += _step(run, x, labels, step=step, steps=steps)
-        run.door.progress("train", step + 1, steps, loss=total / (step + 1))
-    run.epoch += 1
-    _checkpoint(run, plan, epoch, seeds)
-    run.record("epoch", {"epoch": epoch, "loss": f"{total / steps:.6f}", "records": steps * plan.training.batch})
-    last = run.epoch == plan.training.epochs
-    return Done(loss=total / steps, images=steps * plan.training.batch), State.TRAINED if last else State.READY
+    least = max(present(run.plan).partition.front_at(course.epoch), run.chain.last("cut", "front", 0))
+    if course.front < least:
+        raise ProtocolError(
+            "train.too-shallow",
+            f"the FrontNet has {course.front} layers, in epoch {course.epoch} it must have {least}",
+            step="train",
+            fix="Deepen the cut first.",
+        )
+    same_center(run)
 
 
-def _step(run: Run, x: Tensor, labels: Tensor, *, step: int, steps: int) -> float:
-    front, epoch = present(run.front), run.epoch
-    ir = front.forward(x, epoch=epoch, step=step, needs_input_grad=False)
-    if not bool(ir.isfinite().all()):
+def _begin_epoch(run: Run, course: Course) -> None:
+    course.loss = 0.0
+    records = present(run.manifest).records()
+    order = epoch_order(records, seed=run.seeds.order, epoch=course.epoch)
+    present(run.pool).shuffle(order.numpy().astype(np.int64))
+
+
+def _end_epoch(run: Run, course: Course) -> tuple[Measured | None, State]:
+    """Measure the model, and decide whether this was the last epoch."""
+    training = present(run.plan).training
+    body: dict[str, object] = {
+        "epoch": course.epoch,
+        "loss": f"{course.loss / run.steps:.6f}",
+        "records": run.steps * training.batch,
+    }
+    if isinstance(run.batches, Prefetch):
+        run.batches.close()
+    run.batches = None
+    measured = measure(run) if run.held_out else None
+    if measured is not None:
+        body |= {"held_out": f"{measured.loss:.6f}", "top1": f"{measured.top1:.6f}", "top2": f"{measured.top2:.6f}"}
+        course.since = 0 if measured.loss < course.best else course.since + 1
+        course.best = min(course.best, measured.loss)
+    run.record("epoch", body)
+    course.epoch, course.step = course.epoch + 1, 0
+    early = training.patience > 0 and course.since >= training.patience
+    return measured, State.TRAINED if early or course.epoch == training.epochs else State.READY
+
+
+def _batches(run: Run, epoch: int, first: int) -> Iterator[Batch]:
+    """Augmented, normalised batches of an epoch, from step `first` on."""
+    plan, pool = present(run.plan), present(run.pool)
+    training, data, seed = plan.training, plan.data, run.seeds.augment
+    for step, rows in enumerate(pool.batches(training.batch, first=first), start=first):
+        elements, labels = unpack(rows, data)
+        x = augment(elements, training.augment, Draws(seed, epoch, step), size=plan.model.size)
+        yield normalise(x, data, channels_last=training.channels_last), labels
+
+
+def _short_run(run: Run, length: int, *, durable: bool) -> None:
+    """Some steps, the host's commitment to what they made of the CenterNet, and the audit if they were chosen."""
+    course, audit = present(run.course), present(run.audit)
+    began, before = (course.epoch, course.step), course.center
+    audit.begin()
+    for _ in range(length):
+        audit.note(_step(run, course))
+        course.step += 1
+        run.door.progress("train", course.step, run.steps, loss=course.loss / course.step)
+    here = (course.epoch, course.step) if course.step < run.steps else (course.epoch + 1, 0)
+    course.center = run.door.commit_center(*here, durable=durable)
+    crossed = audit.end()
+    if crossed:
+        _repeat(run, crossed, began, before)
+
+
+def _repeat(run: Run, crossed: Sequence[Crossing], began: tuple[int, int], before: bytes) -> None:
+    zone = center_zone(run)
+    zone.load(shown_center(run, began, before), step="audit center")
+    repeat(zone, crossed)
+    check_end(present(run.plan).model, zone, present(run.course).center)
+
+
+def _step(run: Run, course: Course) -> Crossing:
+    x, labels = next(present(run.batches))
+    front, at = present(run.front), At(course.epoch, course.step, run.steps)
+    ir = front.forward((x,), at=at, needs_input_grad=False)
+    if not all(bool(torch.linalg.vector_norm(t).isfinite()) for t in ir):
         raise DataError(
             "train.overflow",
             "the FrontNet's values for a batch are not finite numbers",
             step="train",
             fix="Lower the learning rate; with f32 data, look for records with huge elements.",
         )
+    shapes = [tuple(t.shape) for t in ir]
     if run.head is None:
-        outgoing: dict[Role, Tensor] = {"ir": ir, "labels": labels}
-        loss = float(_exchange(run, outgoing, "loss", (1,), step))
-        grad = _exchange(run, {}, "ir-grad", tuple(ir.shape), step)
+        (loss,) = _exchange(run, {"ir": ir, "labels": (labels,)}, "loss", [(1,)], at)
+        grads = _exchange(run, {}, "ir-grad", shapes, at)
+        crossing = Crossing(at, ir, grads, labels=labels, loss=loss.item())
     else:
-        center = _exchange(run, {"ir": ir}, "center-out", _center_shape(run, len(x)), step)
-        run.head.forward(center, epoch=epoch, step=step, needs_input_grad=True)
-        head_grad, loss = run.head.backward_from_labels(labels, epoch=epoch, step=step, steps=steps)
-        grad = _exchange(run, {"center-grad": present(head_grad)}, "ir-grad", tuple(ir.shape), step)
-    front.backward(grad, epoch=epoch, step=step, steps=steps)
-    return loss
+        out = _exchange(run, {"ir": ir}, "center-out", _center_shapes(run, len(x)), at)
+        run.head.forward(out, at=at, needs_input_grad=True)
+        out_grad, value = run.head.backward_from_labels(labels, at=at)
+        grads = _exchange(run, {"center-grad": out_grad}, "ir-grad", shapes, at)
+        crossing = Crossing(at, ir, grads, out, tuple(out_grad), loss=value)
+    front.backward(grads, at=at)
+    course.loss += crossing.loss
+    return crossing
 
 
-def _exchange(run: Run, outgoing: dict[Role, Tensor], due: Role, shape: tuple[int, ...], step: int) -> Tensor:
-    return run.door.exchange(outgoing, due=due, shape=shape, run=run.vault.run, epoch=run.epoch, step=step)
+def _exchange(
+    run: Run, outgoing: dict[Role, Tensors | list[torch.Tensor]], due: Role, shapes: list[tuple[int, ...]], at: At
+) -> Tensors:
+    return run.door.exchange(outgoing, due=due, shapes=shapes, run=run.vault.run, at=at)
 
 
-def _center_shape(run: Run, batch: int) -> tuple[int, ...]:
+def _center_shapes(run: Run, batch: int) -> list[tuple[int, ...]]:
     plan = present(run.plan)
-    shapes = layer_shapes(plan.model, plan.data.shape)
-    return (batch, *shapes[len(plan.model.layers) - plan.partition.head])
-
-
-def _checkpoint(run: Run, plan: Plan, epoch: int, seeds: RunSeeds) -> None:
-    """Commit both sides to their state: ours by digest, the host's by what it says now and is held to at release."""
-    zones = [zone.module for zone in (run.front, run.head) if zone is not None]
-    # Keyed by a secret of the run: a digest of weights alone would let a guess of them be confirmed.
-    inside = model_digest(
-        plan.model, state_of(*zones) | {"key": torch.frombuffer(bytearray(seeds.front), dtype=torch.uint8)}
-    )
-    run.center_commitment = run.door.commit_center(epoch)
-    run.record("checkpoint", {"epoch": epoch, "inside": inside, "center": to_text(run.center_commitment)})
+    cut = len(plan.model.layers) - plan.partition.head
+    return [(batch, *shape) for shape in cut_shapes(plan.model, cut, plan.data.shape)]

@@ -15,7 +15,7 @@ MAX_PENDING = 4096
 
 
 class Vault:
-    """Made once at start; nothing in it is ever written or sent."""
+    """Made once at start; what is written of it is sealed in a checkpoint."""
 
     def __init__(self, attester: Attester) -> None:
         self.attester = attester
@@ -42,6 +42,10 @@ class Vault:
             self._pending.popitem(last=False)
         self._pending[nonce] = binding
         return EvidenceBundle(binding=binding, evidence=self.attester.evidence(binding.report_data()))
+
+    def take_over(self, run: str, signing: SigningKey, parties: dict[str, PartySecret]) -> None:
+        """Go on as the enclave that began this run: its name, its signing key, what it was given."""
+        self.run, self.signing, self.parties = run, signing, dict(parties)
 
     def redeem(self, message: SealedMessage, purpose: Purpose) -> Binding:
         """The binding that a signed message answers to; each serves once. Raises ProtocolError `nonce.unknown`."""

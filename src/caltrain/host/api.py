@@ -12,6 +12,7 @@
     GET  /v1/artifacts/{name}                  what the run left: see `ARTIFACTS`
     POST /v1/users/{user}/query                DSSE query -> sealed answer
     POST /v1/parties/{party}/disclosure        DSSE disclosure-note
+    POST /v1/parties/{party}/rejoin            DSSE rejoin: the run may be taken up
 
 Errors are `{"error": {family, code, what, step, fix}}`.
 """
@@ -142,6 +143,7 @@ def _party_routes(app: FastAPI, conductor: Conductor) -> None:
     forward("provision", conductor.provision)
     forward("countersignature", conductor.countersign)
     forward("disclosure", conductor.disclose)
+    forward("rejoin", conductor.rejoin)
 
     @app.put("/v1/parties/{party}/shards/{shard}")
     async def put_shard(party: str, shard: str, request: Request) -> Response:

@@ -13,7 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import msgspec
 
@@ -23,11 +23,14 @@ from caltrain.crypto.decoders import json_decoder
 from caltrain.crypto.digests import canonical_json
 from caltrain.crypto.dsse import Envelope
 from caltrain.errors import CaltrainError, ProtocolError, from_wire
+from caltrain.host.kept import center_object, newest_checkpoint
 from caltrain.host.store import Store
-from caltrain.models.spec import layer_shapes
+from caltrain.models.spec import cut_shapes
 from caltrain.plan import Plan, RunManifest, check_approval, check_countersignature
 
 if TYPE_CHECKING:
+    from caltrain.host.center import Center
+    from caltrain.host.device import Choice
     from caltrain.host.launcher import Enclave
 
 _ALIGN = 4096
@@ -44,6 +47,7 @@ class Status:
     epoch: int = 0
     epochs: int = 0
     loss: float | None = None
+    held_out: m.Measured | None = None
     images_per_second: float | None = None
     simulated: bool = True
     waiting_for: list[str] = field(default_factory=list)
@@ -55,8 +59,17 @@ class Status:
 class Conductor:
     """Owns the enclave of one run."""
 
-    def __init__(self, plan: Plan, store: Store, *, root_secret: bytes, auto_start: bool) -> None:
-        self.plan, self.store = plan, store
+    def __init__(
+        self,
+        plan: Plan,
+        store: Store,
+        *,
+        root_secret: bytes,
+        auto_start: bool,
+        resume: bool = False,
+        device: Choice = "auto",
+    ) -> None:
+        self.plan, self.store, self.center = plan, store, cast("Center | None", None)
         self.status = Status(epochs=plan.training.epochs)
         self.approvals: dict[str, Envelope] = {}
         self.provisioned: set[str] = set()
@@ -65,9 +78,11 @@ class Conductor:
         self._root_secret = root_secret
         self._enclave: Enclave | None = None
         self._changed = threading.Condition()
-        self._started = auto_start
+        self._started, self._resume, self._device = auto_start, resume, device
+        self.rejoined: set[str] = set()
         self._stopping = False
-        self._epoch_began = 0.0
+        self._epoch_began, self._step_began = 0.0, 0
+        self._taken_up: m.Done | None = None
         self._events: deque[Envelope] = deque()
         self._thread = threading.Thread(target=self._conduct, name="conductor", daemon=True)
 
@@ -131,6 +146,14 @@ class Conductor:
         self.countersigned.add(party)
         self.notify()
 
+    def rejoin(self, party: str, envelope: Envelope) -> None:
+        """A party's word that the run may be taken up."""
+        done = self._ask(m.Rejoin(party, envelope))
+        self.rejoined.add(party)
+        if done.state:
+            self._taken_up = done
+        self.notify()
+
     def query(self, user: str, envelope: Envelope) -> bytes:
         """A model user's sealed question; returns the sealed answer."""
         return self._ask(m.Query(user, envelope)).sealed[user]
@@ -144,8 +167,15 @@ class Conductor:
     def _conduct(self) -> None:
         try:
             self._launch()
-            self._enrol()
-            self._ingest_and_train()
+            if self._resume:
+                done = self._take_up()
+            else:
+                self._enrol()
+                done = m.Done(state="agreed")
+            if done.state == "agreed":
+                done = self._ingest()
+            self._train(done)
+            self._release()
             self._phase("linked")
             self._wait("linked", lambda: {"model users"})
         except CaltrainError as error:
@@ -204,25 +234,56 @@ class Conductor:
         self._wait("shards", lambda: {s.party for s in wanted - set(self.store.shards())})
         self._wait("start", lambda: set() if self._started else {"operator"})
 
-    def _ingest_and_train(self) -> None:
-        from caltrain.host.center import Center  # noqa: PLC0415  # as in _launch
+    def _take_up(self) -> m.Done:
+        """Go on with the run whose checkpoint and chain lie in the folder, once a quorum of parties agrees."""
+        manifest = self.store.read_whole("manifest.json")
+        self.manifest = json_decoder(RunManifest).decode(_payload(json_decoder(Envelope).decode(manifest)))
+        self._ask(m.Resume(canonical_json(self.plan), newest_checkpoint(self.store)))
+        names = {party.name for party in self.plan.parties}
+        self._wait("resume", lambda: set() if self._taken_up else names - self.rejoined)
+        return self._taken_up or m.Done()
 
-        enclave = self._running()
+    def _ingest(self) -> m.Done:
         self._phase("ingest")
         done = self._ask(m.Ingest(self.store.shards()), wait=_FOREVER)
         self.status.ignored = [f"{s.party}/{s.shard}" for s in done.ignored]
+        return done
+
+    def _train(self, done: m.Done) -> None:
+        """From where the enclave says that the run is to the end of training."""
+        from caltrain.host.center import Center  # noqa: PLC0415  # as in _launch
+        from caltrain.host.device import Device  # noqa: PLC0415
+        from caltrain.models.weights import decode_state  # noqa: PLC0415
+
         records = self.manifest.records() if self.manifest else 0
-        center = Center(self.plan, seed=done.center_seed, records=records)
-        enclave.center = center
-        for epoch in range(self.plan.training.epochs):
-            self._phase("train")
-            self.status.epoch, self._epoch_began = epoch + 1, time.monotonic()
-            self.status.loss = self._ask(m.TrainEpoch(epoch), wait=_FOREVER).loss
+        device = Device.choose(self._device, self.plan)
+        center = Center(self.plan, seed=done.center_seed, records=records, front=done.front, device=device)
+        if done.at is not None and done.at != (0, 0):
+            center.restore(decode_state(self.store.read_whole(center_object(*done.at)), step="resume"))
+        self._running().center = self.center = center
+        self._phase("train")
+        while done.state != "trained":
+            done = self._deepen(done)
+            epoch, step = done.at or (0, 0)
+            self.status.epoch, self._epoch_began, self._step_began = epoch + 1, time.monotonic(), step
+            done = self._ask(m.Train(epoch, step), wait=_FOREVER)
+            self.status.loss, self.status.held_out = done.loss, done.held_out
+
+    def _deepen(self, done: m.Done) -> m.Done:
+        """Move the cut where the plan's schedule says so."""
+        epoch, step = done.at or (0, 0)
+        due = self.plan.partition.front_at(epoch)
+        if step or due <= done.front or self.center is None:
+            return done
+        moved = self._ask(m.MoveCut(due), wait=_FOREVER)
+        self.center.recut(due, {})
+        return moved
+
+    def _release(self) -> None:
         self._phase("release")
-        weights = center.weights()
-        self.store.put("center", weights)
-        done = self._ask(m.Release(len(weights)), wait=_FOREVER)
-        self._keep("release", done)
+        if self.center is not None:
+            self.store.put("center", self.center.weights())
+        self._keep("release", self._ask(m.Release(), wait=_FOREVER))
         self._phase("link")
         self._keep("suspicion", self._ask(m.Link(), wait=_FOREVER))
 
@@ -270,7 +331,9 @@ class Conductor:
         if progress.phase == "train":
             status.loss = progress.loss
             seconds = time.monotonic() - self._epoch_began
-            status.images_per_second = progress.done * self.plan.training.batch / max(seconds, 1e-9)
+            status.images_per_second = (
+                (progress.done - self._step_began) * self.plan.training.batch / max(seconds, 1e-9)
+            )
 
 
 def _payload(envelope: Envelope) -> bytes:
@@ -278,10 +341,11 @@ def _payload(envelope: Envelope) -> bytes:
 
 
 def _slot_bytes(plan: Plan) -> int:
-    """The largest tensor that crosses, rounded up to pages."""
-    shapes = layer_shapes(plan.model, plan.data.shape)
-    cuts = (shapes[plan.partition.front], shapes[len(plan.model.layers) - plan.partition.head])
-    largest = max(math.prod(shape) for shape in cuts) * plan.training.batch * 4
+    """The most that crosses together, rounded up to pages."""
+    partition = plan.partition
+    cuts = {partition.front, *(d.front for d in partition.deepen), len(plan.model.layers) - partition.head}
+    sizes = [sum(map(math.prod, cut_shapes(plan.model, cut, plan.data.shape))) for cut in cuts]
+    largest = max(sizes) * plan.training.batch * 4
     return math.ceil(largest / _ALIGN) * _ALIGN
 
 

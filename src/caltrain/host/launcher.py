@@ -11,11 +11,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-from torch import Tensor
-
-from caltrain.boundary.channel import Channel
+from caltrain.boundary.channel import Channel, Tensors
 from caltrain.boundary.messages import (
     REPLIES_AND_CALLS,
+    STORAGE_CALLS,
     Boot,
     CallFailed,
     CommitCenter,
@@ -26,6 +25,7 @@ from caltrain.boundary.messages import (
     Read,
     Ready,
     Request,
+    ShowCenter,
     Stop,
     Write,
 )
@@ -34,6 +34,7 @@ from caltrain.boundary.tensors import TensorHead
 from caltrain.crypto.dsse import Envelope
 from caltrain.errors import CaltrainError, EnvironmentFault, ProtocolError, from_wire
 from caltrain.host.confine import confined_command, enclave_environment, find_bubblewrap
+from caltrain.host.kept import keep_center
 from caltrain.host.store import Store
 
 OnProgress = Callable[[Progress], None]
@@ -43,13 +44,16 @@ _BUSY_SECONDS = 5.0
 
 
 class CenterWorker(Protocol):
-    """Runs the CenterNet: takes a tensor of a step, sends back what is due."""
+    """Runs the CenterNet: takes tensors of a step, sends back what is due."""
 
-    def take(self, head: TensorHead, tensor: Tensor, channel: Channel) -> None:
-        """Handle one tensor of the enclave's."""
+    def take(self, head: TensorHead, tensors: Tensors, channel: Channel) -> None:
+        """Handle tensors of the enclave's that crossed together."""
 
-    def commitment(self) -> bytes:
-        """Digest (32 bytes) of the CenterNet's present state."""
+    def commit(self, epoch: int, step: int) -> bytes:
+        """Digest (32 bytes) of the CenterNet's state before that step."""
+
+    def committed(self, epoch: int, step: int) -> bytes:
+        """That state, as safetensors."""
 
 
 @dataclass
@@ -121,32 +125,36 @@ class Enclave:
                     self.on_events(got.events)  # before the next request, so that they are kept in order
                     return got
                 case Failed():
+                    self.on_events(got.events)
                     raise from_wire(got.error)
                 case Progress():
                     self.on_progress(got)
-                case Read() | Write() | CommitCenter():
-                    self.channel.send(self._serve(got))
-                case (head, tensor):
-                    self._to_center(head, tensor)
+                case Read() | Write():
+                    self.channel.send(serve_storage(self.store, got))
+                case CommitCenter() | ShowCenter():
+                    self.channel.send(self._of_center(got))
+                case (head, tensors):
+                    self._to_center(head, tensors)
                 case _:
                     raise _misbehaves("an answer that is not due")
 
-    def _serve(self, call: Read | Write | CommitCenter) -> Data | CallFailed:
+    def _of_center(self, call: CommitCenter | ShowCenter) -> Data | CallFailed:
         try:
-            match call:
-                case Read():
-                    return Data(self.store.read(call.name, offset=call.offset, length=call.length))
-                case Write():
-                    self.store.write(call.name, call.data, offset=call.offset)
-                    return Data()
-                case CommitCenter():
-                    return Data(self._center().commitment())
+            center = self._center()
+            if isinstance(call, ShowCenter):
+                raw = center.committed(call.epoch, call.step)
+                self.store.put("center-state", raw)
+                return Data(len(raw).to_bytes(8, "big"))
+            commitment = center.commit(call.epoch, call.step)
+            if call.durable:
+                keep_center(self.store, call.epoch, call.step, center.committed(call.epoch, call.step))
+            return Data(commitment)
         except CaltrainError as error:
             return CallFailed(error.diagnostics())
 
-    def _to_center(self, head: TensorHead, tensor: Tensor) -> None:
+    def _to_center(self, head: TensorHead, tensors: Tensors) -> None:
         try:
-            self._center().take(head, tensor, self.channel)
+            self._center().take(head, tensors, self.channel)
         except CaltrainError as error:
             self.channel.send(CallFailed(error.diagnostics()))
 
@@ -154,6 +162,26 @@ class Enclave:
         if self.center is None:
             raise _misbehaves("a tensor before there is a CenterNet")
         return self.center
+
+
+def serve_storage(store: Store, call: Read | Write) -> Data | CallFailed:
+    """Answer the enclave's call for bytes that the host keeps."""
+    try:
+        if isinstance(call, Read):
+            return Data(store.read(call.name, offset=call.offset, length=call.length))
+        store.write(call.name, call.data, offset=call.offset)
+        return Data()
+    except CaltrainError as error:
+        return CallFailed(error.diagnostics())
+
+
+def _serve_until_closed(store: Store, channel: Channel) -> None:
+    """The storage stream, in a thread of its own: the enclave reads its next batches while the center computes."""
+    try:
+        while True:
+            channel.send(serve_storage(store, channel.receive(STORAGE_CALLS)))
+    except CaltrainError:  # the enclave is gone, or sends what it may not: the other stream tells
+        channel.close()
 
 
 def launch(
@@ -170,10 +198,10 @@ def launch(
 
     `log` is a descriptor for its standard error. Raises EnvironmentFault `enclave.did-not-start`.
     """
-    ours, theirs = socket.socketpair()
+    (ours, theirs), (our_storage, their_storage) = socket.socketpair(), socket.socketpair()
     ring_fd = create_ring_memory(slot_bytes)
     environment = enclave_environment(threads)
-    arguments = [str(n) for n in (theirs.fileno(), ring_fd, slot_bytes, threads)]
+    arguments = [str(n) for n in (theirs.fileno(), their_storage.fileno(), ring_fd, slot_bytes, threads)]
     argv = [sys.executable, "-I", "-m", "caltrain.enclave", *arguments]
     command = confined_command(argv, bwrap=find_bubblewrap().bwrap, read_only=(), environment=environment)
     try:
@@ -183,13 +211,17 @@ def launch(
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
-            pass_fds=(theirs.fileno(), ring_fd),
+            pass_fds=(theirs.fileno(), their_storage.fileno(), ring_fd),
         )
         ring = Ring(ring_fd, slot_bytes=slot_bytes, side=Side.HOST)
     finally:
         theirs.close()
+        their_storage.close()
         os.close(ring_fd)
     channel = Channel(ours, ring)
+    threading.Thread(
+        target=_serve_until_closed, args=(store, Channel(our_storage)), name="storage", daemon=True
+    ).start()
     try:
         channel.send(Boot("simulated", root_secret))
         ready = channel.receive(REPLIES_AND_CALLS)

@@ -6,6 +6,7 @@ import errno
 import os
 import socket
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import uvicorn
 
@@ -16,6 +17,9 @@ from caltrain.host.conductor import Conductor
 from caltrain.host.confine import QUIET_THREADS
 from caltrain.host.store import Store
 from caltrain.plan import Plan
+
+if TYPE_CHECKING:
+    from caltrain.host.device import Choice
 
 
 def bind(address: str, port: int) -> socket.socket:
@@ -39,15 +43,26 @@ def bind(address: str, port: int) -> socket.socket:
     return sock
 
 
-def serve(plan: Plan, *, folder: Path, sock: socket.socket, root: SigningKey, auto_start: bool) -> None:
-    """Serve one run from `folder` on a bound socket until SIGINT or SIGTERM; the enclave ends with it.
+def serve(
+    plan: Plan,
+    *,
+    folder: Path,
+    sock: socket.socket,
+    root: SigningKey,
+    auto_start: bool,
+    resume: bool = False,
+    device: Choice = "auto",
+) -> None:
+    """Serve one run, or `resume` the one that lies in `folder`, on a bound socket until SIGINT or SIGTERM.
 
-    Then raises that signal again. Raises EnvironmentFault for a folder that cannot be used.
+    The enclave ends with it. Then raises that signal again. Raises EnvironmentFault for a folder that cannot be used.
     """
     os.environ.update(QUIET_THREADS)  # read when torch is loaded, which is later
     store = Store(folder)
-    store.renew()
-    conductor = Conductor(plan, store, root_secret=root.private_bytes(), auto_start=auto_start)
+    store.renew(resume=resume)
+    conductor = Conductor(
+        plan, store, root_secret=root.private_bytes(), auto_start=auto_start, resume=resume, device=device
+    )
     config = uvicorn.Config(
         create_app(conductor),
         log_level="warning",

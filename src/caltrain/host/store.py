@@ -69,11 +69,13 @@ class Store:
             for folder in (root / "shards", root / "incoming"):
                 folder.mkdir(parents=True, exist_ok=True)
 
-    def renew(self) -> None:
-        """Take the folder for a new run, for as long as this process lives.
+    def renew(self, *, resume: bool = False) -> None:
+        """Take the folder, for as long as this process lives: for a new run, or to `resume` the one that lies there.
 
-        What an earlier run left goes to `earlier/N`, but for the shards, which may serve again, and the pool, whose
-        key is lost; half uploads go. Raises EnvironmentFault `storage.in-use` while another process has the folder.
+        For a new run, what an earlier one left goes to `earlier/N`, but for the shards, which may serve again, and the
+        pool, whose key is lost. Half uploads go, and half an event.
+
+        Raises EnvironmentFault `storage.in-use` while another process has the folder.
         """
         with _disk("open storage"):
             lock = os.open(self.root / "lock", os.O_WRONLY | os.O_CREAT, 0o600)
@@ -87,10 +89,23 @@ class Store:
                     step="open storage",
                     fix="Choose another --folder, or stop that host.",
                 ) from None
-            for dead in (*self.root.glob("incoming/*"), *self.root.glob("pool-*")):
+            for dead in self.root.glob("incoming/*"):
+                dead.unlink()
+            if resume:
+                self._drop_torn_line()
+                return
+            for dead in (*self.root.glob("pool-*"), *self.root.glob("held-out-*"), *self.root.glob("checkpoint-*")):
                 dead.unlink()
             if (self.root / "chain.jsonl").exists():
                 self._set_aside()
+
+    def _drop_torn_line(self) -> None:
+        """A host that was killed while it wrote an event has half of it: nobody has seen that one."""
+        chain = self.root / "chain.jsonl"
+        if chain.exists():
+            raw = chain.read_bytes()
+            with chain.open("r+b") as file:
+                file.truncate(raw.rfind(b"\n") + 1)
 
     def _set_aside(self) -> None:
         earlier = self.root / "earlier"
@@ -115,6 +130,11 @@ class Store:
         with _disk(f"read {name}"), _present(name), self.path(name).open("rb") as file:
             file.seek(offset)
             return file.read(length)
+
+    def read_whole(self, name: str) -> bytes:
+        """A whole object. Raises EnvironmentFault `storage.missing`."""
+        with _disk(f"read {name}"), _present(name):
+            return self.path(name).read_bytes()
 
     def snapshot(self, name: str) -> tuple[int, Iterator[bytes]]:
         """Size and bytes of an object as it is now: what is appended while they are read is not in them."""

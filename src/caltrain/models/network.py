@@ -1,49 +1,52 @@
 """Torch modules from a model spec, whole or as one zone of it.
 
-Every zone is a `Sequential` whose children carry the layer's index in the whole model, so the state of front,
-center and head together has exactly the names of the unsplit module.
+Every zone's children carry the layer's number in the whole model, so the state of front, center and head together has
+exactly the names of the unsplit module.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from typing import cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from caltrain.models.spec import (
-    Activation,
-    AvgPool,
-    Conv,
-    Dropout,
-    Flatten,
-    Layer,
-    Linear,
-    MaxPool,
-    ModelSpec,
-    Partition,
-    Shape,
-    layer_shapes,
-)
+from caltrain.models.blocks import KeyedDropout, block, mean_over_places
+from caltrain.models.layers import Layer, Shape, sources_of
+from caltrain.models.spec import ModelSpec, embedding_layer, layer_shapes, live_at
+from caltrain.models.wheel import Factory, no_wheel
 from caltrain.training.seeds import Draws
 
-_ACTIVATIONS: dict[Activation, type[nn.Module]] = {"relu": nn.ReLU, "none": nn.Identity}
 
+class Network(nn.Sequential):
+    """Consecutive layers of a model. Alone (all layers), it maps (N, ...) to logits (N, classes)."""
 
-class KeyedDropout(nn.Module):
-    """Dropout with a mask drawn from (seed, epoch, step, layer): the same in whichever process it runs."""
+    def __init__(self, modules: OrderedDict[str, nn.Module], layers: Sequence[Layer], part: range) -> None:
+        super().__init__(modules)
+        self.part = part
+        self.wiring = {i: sources_of(i, layers[i]) for i in part}
+        self.takes, self.gives = live_at(layers, part.start), live_at(layers, part.stop)
+        self._last_use = {source: i for i in part for source in self.wiring[i]}
 
-    def __init__(self, p: float, layer: int) -> None:
-        super().__init__()
-        self.p, self.layer = p, layer
-        self.draws: Draws | None = None
+    def through(self, live: Sequence[Tensor], *, keep: int | None = None) -> tuple[tuple[Tensor, ...], Tensor | None]:
+        """What crosses at the end from what crossed at the start; also the first input of layer `keep`."""
+        held, kept = dict(zip(self.takes, live, strict=True)), None
+        for number, module in zip(self.part, self.children(), strict=True):
+            inputs = [held[source] for source in self.wiring[number]]
+            kept = inputs[0] if number == keep else kept
+            held[number] = module(*inputs)
+            for source in self.wiring[number]:  # what nothing reads any more is let go
+                if self._last_use[source] == number and source not in self.gives:
+                    held.pop(source, None)
+        return tuple(held[number] for number in self.gives), kept
 
-    def forward(self, x: Tensor) -> Tensor:  # (N, ...) -> (N, ...)
-        if not self.training or self.draws is None:
-            return x
-        keep = torch.rand(x.shape, generator=self.draws.generator("dropout", self.layer)) >= self.p
-        return x * keep / (1 - self.p)
+    def forward(self, x: Tensor) -> Tensor:
+        """One tensor in, one out."""
+        (out,), _ = self.through((x,))
+        return out
 
 
 def set_draws(module: nn.Module, draws: Draws) -> None:
@@ -53,52 +56,24 @@ def set_draws(module: nn.Module, draws: Draws) -> None:
             child.draws = draws
 
 
-def _activation(name: Activation) -> nn.Module:
-    return nn.LeakyReLU(0.1) if name == "leaky" else _ACTIVATIONS[name]()
+def build(spec: ModelSpec, *, input_shape: Shape, layers: range | None = None, factory: Factory = no_wheel) -> Network:
+    """The module of `layers` (default: all), not yet initialised from a seed; see `training.seeds`.
 
-
-def _block(index: int, layer: Layer, shape: Shape) -> nn.Module:
-    match layer:
-        case Conv():
-            parts: list[tuple[str, nn.Module]] = [
-                ("conv", nn.Conv2d(shape[0], layer.filters, layer.kernel, layer.stride, layer.padding))
-            ]
-            if layer.batch_norm:
-                parts.append(("norm", nn.BatchNorm2d(layer.filters)))
-            return nn.Sequential(OrderedDict([*parts, ("act", _activation(layer.activation))]))
-        case Linear():
-            linear = nn.Linear(shape[0], layer.units)
-            return nn.Sequential(OrderedDict([("linear", linear), ("act", _activation(layer.activation))]))
-        case MaxPool():
-            return nn.MaxPool2d(layer.kernel, layer.stride)
-        case AvgPool():
-            return nn.Sequential(OrderedDict([("pool", nn.AdaptiveAvgPool2d(1)), ("flat", nn.Flatten())]))
-        case Dropout():
-            return KeyedDropout(layer.p, index)
-        case Flatten():
-            return nn.Flatten()
-
-
-def build(spec: ModelSpec, *, input_shape: Shape, layers: range | None = None) -> nn.Sequential:
-    """The module of `layers` (default: all), not yet initialised from a seed; see `training.seeds`."""
+    `input_shape` is that of a record. Raises ConfigError `model.no-wheel`.
+    """
     shapes = layer_shapes(spec, input_shape)
-    chosen = range(len(spec.layers)) if layers is None else layers
-    return nn.Sequential(OrderedDict((str(i), _block(i, spec.layers[i], shapes[i])) for i in chosen))
+    part = range(len(spec.layers)) if layers is None else layers
+    modules = OrderedDict[str, nn.Module]()
+    for i in part:
+        shape = shapes[sources_of(i, spec.layers[i])[0] + 1]
+        modules[str(i)] = block(i, spec.layers[i], shape, factory)
+    return Network(modules, spec.layers, part)
 
 
-def zone_ranges(spec: ModelSpec, partition: Partition) -> tuple[range, range, range]:
-    """Layer indices of FrontNet, CenterNet and HeadNet."""
-    total = len(spec.layers)
-    return (
-        range(partition.front),
-        range(partition.front, total - partition.head),
-        range(total - partition.head, total),
-    )
-
-
-def zone_of(model: nn.Sequential, layers: range) -> nn.Sequential:
-    """The part of a whole model that holds `layers`, sharing its parameters."""
-    return nn.Sequential(OrderedDict(list(model.named_children())[layers.start : layers.stop]))
+def zone_of(model: Network, spec: ModelSpec, part: range) -> Network:
+    """The part of a model that holds `part`, sharing its parameters."""
+    chosen = [(name, child) for name, child in model.named_children() if int(name) in part]
+    return Network(OrderedDict(chosen), spec.layers, part)
 
 
 def lay_out(module: nn.Module, *, channels_last: bool) -> None:
@@ -109,12 +84,10 @@ def lay_out(module: nn.Module, *, channels_last: bool) -> None:
             parameter.data = parameter.data.contiguous(memory_format=layout)
 
 
-def features_and_logits(model: nn.Sequential, x: Tensor) -> tuple[Tensor, Tensor]:
+def features_and_logits(model: Network, spec: ModelSpec, x: Tensor) -> tuple[Tensor, Tensor]:
     """Penultimate embedding, L2-normalised (N, D), and logits (N, classes): one pass in the model's mode.
 
-    The embedding is the input of the last linear layer (CALTRAIN's fingerprint F).
+    The embedding is the input of the last layer with weights, averaged over places (CALTRAIN's fingerprint F).
     """
-    blocks: Sequence[nn.Module] = list(model.children())
-    for block in blocks[:-1]:
-        x = block(x)
-    return nn.functional.normalize(x, dim=1), blocks[-1](x)
+    (logits,), features = model.through((x,), keep=embedding_layer(spec))
+    return F.normalize(mean_over_places(cast(Tensor, features)).flatten(1), dim=1), logits

@@ -20,7 +20,8 @@ def state_of(*zones: nn.Module) -> dict[str, Tensor]:
     """Contiguous copies of the state of zones, under the names of the whole model."""
     merged: dict[str, Tensor] = {}
     for zone in zones:
-        merged |= {name: value.detach().clone().contiguous() for name, value in zone.state_dict().items()}
+        own = zone.state_dict()
+        merged |= {name: value.detach().to("cpu", copy=True).contiguous() for name, value in own.items()}
     return merged
 
 
@@ -38,16 +39,22 @@ def decode_state(raw: bytes, *, step: str) -> dict[str, Tensor]:
         raise _misfit(f"not safetensors: {str(error).partition(chr(10))[0][:200]}", step) from None
 
 
-def load_zone(zone: nn.Module, state: State, *, step: str) -> None:
-    """Copy `state` into a zone. Raises IntegrityError unless names, shapes, types and finiteness all fit."""
-    own = zone.state_dict()
+def check_state(own: Mapping[str, Tensor | None], state: State, *, step: str) -> None:
+    """Raise IntegrityError unless names, shapes, types and finiteness all fit."""
     if set(own) != set(state):
         raise _misfit(f"names differ: {sorted(set(own) ^ set(state))[:4]}", step)
     for name, value in state.items():
-        if value.shape != own[name].shape or value.dtype != own[name].dtype:
+        mine = own[name]
+        if mine is None or value.shape != mine.shape or value.dtype != mine.dtype:
             raise _misfit(f"{name} is {tuple(value.shape)} {value.dtype}", step)
         if not bool(torch.isfinite(value).all()):
             raise _misfit(f"{name} is not finite", step)
+
+
+def load_zone(zone: nn.Module, state: State, *, step: str) -> None:
+    """Copy `state` into a zone. Raises IntegrityError unless it fits (`check_state`); then nothing is copied."""
+    own = zone.state_dict()
+    check_state(own, state, step=step)
     with torch.no_grad():
         for name, value in own.items():
             value.copy_(state[name])

@@ -9,14 +9,13 @@ import msgspec
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
 
 from caltrain.errors import UNDECODABLE, ConfigError, DataError, IntegrityError
-from caltrain.models.network import build, features_and_logits, lay_out
+from caltrain.models.network import Network, build, features_and_logits, lay_out
 from caltrain.models.weights import decode_state, load_zone, model_digest
 from caltrain.participant.receive import RunRecord
 from caltrain.plan import Plan, plan_from_json
-from caltrain.training.batches import normalise
+from caltrain.training.batches import center_crop, normalise
 
 _BATCH = 256
 _STEP = "load model"
@@ -28,7 +27,7 @@ class JoinedModel:
 
     plan: Plan
     record: RunRecord
-    module: nn.Sequential
+    module: Network
 
     def predict(self, images: NDArray[np.generic]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         """Classes (N,) and probabilities (N, classes) of images (N, C, H, W) of the plan's element type."""
@@ -43,15 +42,16 @@ class JoinedModel:
         return probabilities.argmax(1), probabilities
 
 
-def predict(module: nn.Sequential, plan: Plan, images: NDArray[np.generic]) -> NDArray[np.float32]:
+def predict(module: Network, plan: Plan, images: NDArray[np.generic]) -> NDArray[np.float32]:
     """Probabilities (N, classes), in batches of 256 so that a row's bits depend on its place in them alone."""
     torch.set_num_threads(plan.training.threads)
     found = []
     with torch.inference_mode():
         for start in range(0, len(images), _BATCH):
             part = torch.from_numpy(np.array(images[start : start + _BATCH]))
+            part = center_crop(part, plan.model.size)
             x = normalise(part, plan.data, channels_last=plan.training.channels_last)
-            found.append(features_and_logits(module, x)[1].softmax(1))
+            found.append(features_and_logits(module, plan.model, x)[1].softmax(1))
     probabilities: NDArray[np.float32] = torch.cat(found).numpy()
     return probabilities
 

@@ -26,7 +26,11 @@ EventKind = Literal[
     "countersignature",
     "ingest",
     "epoch",
+    "cut",
+    "audit",
     "checkpoint",
+    "resume",
+    "stopped",
     "release",
     "link",
     "query",
@@ -57,12 +61,18 @@ def empty_head(run: str) -> str:
 class Chain:
     """The writing end, inside the enclave."""
 
-    def __init__(self, signer: dsse.SigningKey, *, run: str) -> None:
+    def __init__(self, signer: dsse.SigningKey, *, run: str, events: Sequence[Event] = ()) -> None:
+        """Go on after `events` (verified, from the first on)."""
         self._signer = signer
         self.run = run
-        self.head = empty_head(run)
-        self._length = 0
-        self._bodies: set[bytes] = set()
+        self.head = events[-1].digest() if events else empty_head(run)
+        self._length = len(events)
+        self._bodies = {_body_key(event.kind, event.body) for event in events}
+        self._last = {event.kind: event.body for event in events}
+
+    def last(self, kind: EventKind, key: str, default: int) -> int:
+        """A number out of the last event of a kind, or `default` where there is none."""
+        return int(self._last.get(kind, {}).get(key, default))
 
     def holds(self, kind: EventKind, body: dict[str, Any]) -> bool:
         """Whether an event of this kind and body is in the chain already."""
@@ -76,6 +86,7 @@ class Chain:
         self.head = event.digest()
         self._length += 1
         self._bodies.add(_body_key(kind, body))
+        self._last[kind] = body
         return self._signer.sign("event", event)
 
 

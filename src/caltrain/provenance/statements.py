@@ -1,4 +1,7 @@
-"""What the enclave signs about a model."""
+"""What the enclave signs about a model.
+
+`audit_rate` is the share of the center's steps that the enclave repeated; 0 means: center not audited.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,10 @@ from caltrain.records.commitment import ShardId
 
 
 class ModelStatement(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """At release: this model came out of this run of this plan over this manifest (DSSE kind `model`)."""
+    """At release: this model came out of this run of this plan over this manifest (DSSE kind `model`).
+
+    `front_public`: training began from public weights, so the FrontNet was no secret.
+    """
 
     version: Literal[1] = 1
     run: ShardId
@@ -19,7 +25,8 @@ class ModelStatement(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     manifest: Digest
     model: Digest
     epochs: int
-    center_audited: bool
+    front_public: bool
+    audit_rate: float
     simulated: bool
 
 
@@ -34,5 +41,5 @@ class LinkedModel(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     model: Digest
     records: int
     commitments: Digest
-    center_audited: bool
+    audit_rate: float
     simulated: bool

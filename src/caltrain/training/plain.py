@@ -6,21 +6,32 @@ manifest's order, it must end with the same weights, bit for bit, on the CPU wit
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from caltrain.models.network import build, lay_out, set_draws, zone_of, zone_ranges
-from caltrain.models.spec import ModelSpec, Partition
+from caltrain.models.network import Network, build, lay_out, set_draws, zone_of
+from caltrain.models.spec import ModelSpec, Partition, zone_ranges
+from caltrain.models.weights import State
+from caltrain.models.wheel import Factory, no_wheel
 from caltrain.records.schema import DataSchema
 from caltrain.training.batches import augment, normalise
-from caltrain.training.optimiser import optimiser, rate_at, set_rate
+from caltrain.training.initial import check_given, freeze, frozen_layers, start_from
+from caltrain.training.optimiser import Descent
 from caltrain.training.seeds import Draws, RunSeeds, epoch_order, initialise
 from caltrain.training.spec import TrainingSpec
 
-OnEpoch = Callable[[int, float], None]
+OnStep = Callable[[int, int, float], None]
+
+
+class Part(NamedTuple):
+    """Layers that share a key for their draws, and a norm for clipping: what the partition means to this loop."""
+
+    module: Network
+    seed: bytes
 
 
 def train_plain(
@@ -32,35 +43,46 @@ def train_plain(
     pixels: Tensor,
     labels: Tensor,
     seeds: RunSeeds,
-    on_epoch: OnEpoch = lambda _epoch, _loss: None,
-) -> nn.Sequential:
-    """Train on `pixels` (N, C, H, W) u8 or f32 and `labels` (N,) int64; returns the model in eval mode."""
+    cuts: Mapping[int, int] | None = None,
+    on_step: OnStep = lambda _epoch, _step, _loss: None,
+    factory: Factory = no_wheel,
+    initial: State | None = None,
+) -> Network:
+    """Train on `pixels` (N, C, H, W) u8 or f32 and `labels` (N,) int64; returns the model in eval mode.
+
+    `cuts` gives layers of the FrontNet by epoch, where they differ from the partition's schedule. `initial` are the
+    weights that `training.initial` names. Raises ConfigError and IntegrityError as `training.initial` does.
+    """
+    check_given(training, initial)
     torch.set_num_threads(training.threads)
-    model = build(spec, input_shape=schema.shape)
-    # The partition decides only which key a layer draws its first weights and its dropout masks from.
-    keys = (seeds.front, seeds.center, seeds.head)
-    zones = [(zone_of(model, r), key) for r, key in zip(zone_ranges(spec, partition), keys, strict=True)]
-    for zone, key in zones:
-        initialise(zone, key)
+    model = build(spec, input_shape=schema.shape, factory=factory)
+    for part in _parts(model, spec, partition, seeds):
+        initialise(part.module, part.seed)
     lay_out(model, channels_last=training.channels_last)
+    if initial is not None:
+        start_from(model, initial, spec)
+    freeze(model, frozen_layers(spec, training))
     model.train()
-    sgd = optimiser(model, training)
-    steps = len(labels) // training.batch
-    order = torch.arange(len(labels))
+    descent = Descent(model, training)
+    steps, order = len(labels) // training.batch, torch.arange(len(labels))
     for epoch in range(training.epochs):
         order = order[epoch_order(len(labels), seed=seeds.order, epoch=epoch)]
-        total = 0.0
+        front = (cuts or {}).get(epoch, partition.front_at(epoch))
+        parts = _parts(model, spec, partition.at(front), seeds)
         for step in range(steps):
             batch = order[step * training.batch : (step + 1) * training.batch]
-            x = augment(pixels[batch], training.augment, Draws(seeds.augment, epoch, step))
-            for zone, key in zones:
-                set_draws(zone, Draws(key, epoch, step))
+            x = augment(pixels[batch], training.augment, Draws(seeds.augment, epoch, step), size=spec.size)
+            for part in parts:
+                set_draws(part.module, Draws(part.seed, epoch, step))
             loss = F.cross_entropy(model(normalise(x, schema, channels_last=training.channels_last)), labels[batch])
-            set_rate(sgd, rate_at(training, epoch=epoch, step=step, steps=steps))
-            sgd.zero_grad(set_to_none=True)
+            descent.clear()
             loss.backward()  # type: ignore[no-untyped-call]
-            sgd.step()
-            total += loss.item()
-        on_epoch(epoch, total / max(steps, 1))
+            descent.step(epoch, step, steps, parts=[part.module for part in parts])
+            on_step(epoch, step, loss.item())
     model.eval()
     return model
+
+
+def _parts(model: Network, spec: ModelSpec, partition: Partition, seeds: RunSeeds) -> list[Part]:
+    zones = zip(zone_ranges(spec, partition), (seeds.front, seeds.center, seeds.head), strict=True)
+    return [Part(zone_of(model, spec, layers), seed) for layers, seed in zones if layers]

@@ -70,12 +70,17 @@ def epoch_order(records: int, *, seed: bytes, epoch: int) -> Tensor:
     return torch.randperm(records, generator=_generator(seed, "order", epoch))
 
 
-def initialise(zone: nn.Sequential, seed: bytes) -> None:
-    """Draw the zone's first weights as PyTorch does, uniform in +-1/sqrt(fan-in), but keyed by layer."""
+def initialise(zone: nn.Module, seed: bytes) -> None:
+    """Draw the zone's first weights as PyTorch does, uniform in +-1/sqrt(fan-in), but keyed by layer.
+
+    Parameters of one dimension outside convolutions and linear layers (normalisations) keep their constant.
+    """
     for name, block in zone.named_children():
         generator = _generator(seed, "init", int(name))
         for module in block.modules():
-            if isinstance(module, nn.Conv2d | nn.Linear):
-                bound = 1 / math.sqrt(math.prod(module.weight.shape[1:]))
-                for parameter in module.parameters():
-                    nn.init.uniform_(parameter, -bound, bound, generator=generator)
+            weight = getattr(module, "weight", None)
+            mixes = isinstance(module, nn.Linear | nn.modules.conv._ConvNd)
+            for parameter in module.parameters(recurse=False):
+                if mixes or parameter.dim() > 1:
+                    fan_in = math.prod((weight if mixes and isinstance(weight, Tensor) else parameter).shape[1:])
+                    nn.init.uniform_(parameter, -1 / math.sqrt(fan_in), 1 / math.sqrt(fan_in), generator=generator)

@@ -2,71 +2,126 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import cast
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from caltrain.models.network import build, lay_out, set_draws
-from caltrain.models.spec import ModelSpec, Shape
-from caltrain.training.optimiser import optimiser, rate_at, set_rate
+from caltrain.models.layers import Shape
+from caltrain.models.network import Network, build, lay_out, set_draws
+from caltrain.models.spec import ModelSpec
+from caltrain.models.weights import State, check_state, load_zone, state_of
+from caltrain.models.wheel import Factory, no_wheel
+from caltrain.training.initial import freeze, frozen_layers
+from caltrain.training.optimiser import Descent
 from caltrain.training.seeds import Draws, initialise
 from caltrain.training.spec import TrainingSpec
 
+MOMENTUM = "momentum/"
+
+
+@dataclass(frozen=True)
+class At:
+    """A place in a run: `step` (of `steps`) in `epoch`."""
+
+    epoch: int
+    step: int
+    steps: int
+
 
 class Zone:
-    """Consecutive layers with their optimiser. `forward` keeps the graph that `backward` then uses and frees."""
+    """Consecutive layers with their optimiser. `forward` keeps the graph that `backward` then uses and frees.
 
-    def __init__(self, spec: ModelSpec, layers: range, *, input_shape: Shape, training: TrainingSpec, seed: bytes):
-        self.module: nn.Sequential = build(spec, input_shape=input_shape, layers=layers)
+    The first weights are drawn from `seed`; where the plan names initial ones, `training.initial.start_from` copies
+    them into `module` afterwards. A zone all of whose layers are frozen learns nothing and sends no gradient on.
+    """
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        layers: range,
+        *,
+        input_shape: Shape,
+        training: TrainingSpec,
+        seed: bytes,
+        factory: Factory = no_wheel,
+    ) -> None:
+        self.module: Network = build(spec, input_shape=input_shape, layers=layers, factory=factory)
         initialise(self.module, seed)
         lay_out(self.module, channels_last=training.channels_last)
+        frozen = frozen_layers(spec, training)
+        freeze(self.module, frozen)
         self.module.train()
-        self._training, self._seed = training, seed
-        # A zone without weights (a FrontNet of no layers, a HeadNet of a flatten) has nothing to optimise.
-        has_weights = next(self.module.parameters(), None) is not None
-        self._sgd = optimiser(self.module, training) if has_weights else None
-        self._input_grad: Tensor | None = None
-        self._output: Tensor | None = None
+        self._all_frozen = self.module.part.stop <= frozen
+        self.descent = Descent(self.module, training)
+        self._seed = seed
+        self._input_grads: list[Tensor | None] = []
+        self._outputs: tuple[Tensor, ...] = ()
 
-    def forward(self, x: Tensor, *, epoch: int, step: int, needs_input_grad: bool) -> Tensor:
-        """Output of the zone for one batch (N, ...), detached: it is what crosses."""
-        set_draws(self.module, Draws(self._seed, epoch, step))
-        x = x.detach()
-        if needs_input_grad:
-            x.requires_grad_()
-            # The hook sees the gradient in the layout that the next zone's backward would have got it in.
-            x.register_hook(self._keep)  # type: ignore[no-untyped-call]
-        self._output = cast(Tensor, self.module(x))
-        return self._output.detach()
+    def forward(self, live: Sequence[Tensor], *, at: At, needs_input_grad: bool) -> tuple[Tensor, ...]:
+        """What crosses at the end for one batch of what crossed at the start, each (N, ...), detached."""
+        set_draws(self.module, Draws(self._seed, at.epoch, at.step))
+        live = [x.detach() for x in live]
+        self._input_grads = [None] * len(live)
+        if needs_input_grad and not self._all_frozen:
+            for number, x in enumerate(live):
+                self._watch(x, number)
+        self._outputs, _ = self.module.through(live)
+        return tuple(x.detach() for x in self._outputs)
 
-    def backward(self, grad: Tensor, *, epoch: int, step: int, steps: int) -> Tensor | None:
-        """Step the optimiser with the gradient at the output; returns the gradient at the input, if asked for."""
-        return self._descend(lambda output: torch.autograd.backward(output, grad), epoch=epoch, step=step, steps=steps)
+    def _watch(self, x: Tensor, number: int) -> None:
+        def keep(grad: Tensor) -> None:
+            self._input_grads[number] = grad
 
-    def backward_from_labels(self, labels: Tensor, *, epoch: int, step: int, steps: int) -> tuple[Tensor | None, float]:
-        """Like `backward` for the zone that ends in logits: mean cross-entropy. Returns (input gradient, loss)."""
-        loss = torch.empty(())
+        # The hook sees the gradient in the layout that the next zone's backward would have got it in.
+        x.requires_grad_().register_hook(keep)  # type: ignore[no-untyped-call]
 
-        def from_loss(output: Tensor) -> None:
-            nonlocal loss
-            loss = F.cross_entropy(output, labels)
-            loss.backward()  # type: ignore[no-untyped-call]
+    def backward(self, grads: Sequence[Tensor], *, at: At) -> list[Tensor]:
+        """Step the optimiser with the gradients at the end; returns those at the start, if they were asked for."""
+        outputs, self._outputs = self._outputs, ()
+        if any(x.requires_grad for x in outputs):  # else all is frozen, and no gradient needs to have come
+            pairs = [(x, g) for x, g in zip(outputs, grads, strict=True) if x.requires_grad]
+            self.descent.clear()
+            torch.autograd.backward([x for x, _ in pairs], [g for _, g in pairs])
+            self.descent.step(at.epoch, at.step, at.steps)
+        grads_in, self._input_grads = self._input_grads, []
+        return [g for g in grads_in if g is not None]
 
-        grad = self._descend(from_loss, epoch=epoch, step=step, steps=steps)
-        return grad, float(loss.detach())
+    def backward_from_labels(self, labels: Tensor, *, at: At) -> tuple[list[Tensor], float]:
+        """Like `backward` for the zone that ends in logits: mean cross-entropy. Returns (input gradients, loss)."""
+        if not self._outputs:
+            return [], 0.0
+        logits = self._outputs[0].detach().requires_grad_()
+        loss = F.cross_entropy(logits, labels)
+        (grad,) = torch.autograd.grad(loss, logits)
+        return self.backward([grad], at=at), loss.item()
 
-    def _descend(self, run_backward: Callable[[Tensor], None], *, epoch: int, step: int, steps: int) -> Tensor | None:
-        output, self._output, self._input_grad = self._output, None, None
-        if output is not None and output.requires_grad:
-            self.module.zero_grad(set_to_none=True)
-            run_backward(output)
-            if self._sgd is not None:
-                set_rate(self._sgd, rate_at(self._training, epoch=epoch, step=step, steps=steps))
-                self._sgd.step()
-        return self._input_grad
+    def state(self) -> dict[str, Tensor]:
+        """Copies of all that a checkpoint needs: weights and, as `momentum/...`, what the optimiser remembers."""
+        held = state_of(self.module)
+        for name, parameter in self.descent.parameters.items():
+            momentum = self.descent.momentum(parameter)
+            if momentum is not None:
+                held[MOMENTUM + name] = momentum.detach().to("cpu", copy=True).contiguous()
+        return held
 
-    def _keep(self, grad: Tensor) -> None:
-        self._input_grad = grad
+    def load(self, state: State, *, step: str) -> None:
+        """Take over such a state. Raises IntegrityError `weights.malformed` unless it fits in every part."""
+        weights = {name: value for name, value in state.items() if not name.startswith(MOMENTUM)}
+        momentum = {name.removeprefix(MOMENTUM): state[name] for name in state.keys() - weights.keys()}
+        check_state({n: self.descent.parameters.get(n) for n in momentum}, momentum, step=step)
+        load_zone(self.module, weights, step=step)
+        self.descent.forget()
+        for name, value in momentum.items():
+            self.descent.remember(self.descent.parameters[name], value)
+
+    def infer(self, live: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """What crosses at the end, in the mode of inference; changes nothing."""
+        self.module.eval()
+        try:
+            with torch.inference_mode():
+                return self.module.through(live)[0]
+        finally:
+            self.module.train()

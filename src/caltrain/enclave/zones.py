@@ -1,0 +1,80 @@
+"""The inner zones of a run: made, moved to another cut, and the center's as the audit repeats it."""
+
+from __future__ import annotations
+
+import torch
+
+from caltrain.crypto.digests import same, to_raw
+from caltrain.enclave.run import Run, present
+from caltrain.errors import IntegrityError
+from caltrain.models.network import build
+from caltrain.models.spec import zone_ranges
+from caltrain.models.weights import State, decode_state, model_digest
+from caltrain.training.zone import Zone
+
+_SLACK = 1 << 20
+
+
+def make_zones(run: Run) -> None:
+    """FrontNet and HeadNet of the present cut, with the first weights that their seeds give."""
+    front, _, head = zone_ranges(present(run.plan).model, run.partition)
+    run.front = make_zone(run, front, run.seeds.front)
+    run.head = make_zone(run, head, run.seeds.head) if head else None
+
+
+def make_zone(run: Run, layers: range, seed: bytes) -> Zone:
+    """A zone of this run's model."""
+    plan = present(run.plan)
+    return Zone(plan.model, layers, input_shape=plan.data.shape, training=plan.training, seed=seed, factory=run.factory)
+
+
+def center_zone(run: Run) -> Zone:
+    """The CenterNet of the present cut as its seed begins it."""
+    return make_zone(run, zone_ranges(present(run.plan).model, run.partition)[1], run.seeds.center)
+
+
+def same_center(run: Run, *, durable: bool = False) -> None:
+    """Have the host commit to its CenterNet again, where the run is now. Raises IntegrityError `center.other-state`."""
+    course = present(run.course)
+    commitment = run.door.commit_center(course.epoch, course.step, durable=durable)
+    if course.center and not same(commitment, course.center):
+        raise IntegrityError(
+            "center.other-state",
+            "the host goes on with another CenterNet than the one that belongs to this step",
+            step="commit center",
+            fix="Resume from the checkpoint of the same step on both sides.",
+        )
+    course.center = commitment
+
+
+def shown_center(run: Run, place: tuple[int, int], commitment: bytes) -> State:
+    """The CenterNet's state before that step, as committed to. Raises IntegrityError `center.other-shown`."""
+    raw = run.door.show_center(*place, limit=_center_limit(run))
+    state = decode_state(raw, step="read center")
+    if not same(to_raw(model_digest(present(run.plan).model, state)), commitment):
+        raise IntegrityError(
+            "center.other-shown",
+            f"the CenterNet before step {place[0]}.{place[1]} is not the one that the host committed to",
+            step="read center",
+            fix="Stop trusting this host: it exchanged the CenterNet.",
+        )
+    return state
+
+
+def _center_limit(run: Run) -> int:
+    """Bytes of weights and momentum, with room for names and shapes in the file's head."""
+    plan = present(run.plan)
+    with torch.device("meta"):
+        layers = zone_ranges(plan.model, run.partition)[1]
+        center = build(plan.model, input_shape=plan.data.shape, layers=layers, factory=run.factory)
+    return 2 * sum(value.numel() * value.element_size() for value in center.state_dict().values()) + _SLACK
+
+
+def layer_of(name: str) -> int:
+    """The layer to which a name of a zone's state belongs."""
+    return int(name.removeprefix("momentum/").partition(".")[0])
+
+
+def of_layers(state: State, layers: range) -> State:
+    """The part of a state that belongs to `layers`."""
+    return {name: value for name, value in state.items() if layer_of(name) in layers}
