@@ -13,7 +13,15 @@ import msgspec
 
 from caltrain.crypto.decoders import json_decoder
 from caltrain.crypto.dsse import MAX_ENVELOPE_BYTES, Envelope
-from caltrain.errors import UNDECODABLE, CaltrainError, ConfigError, EnvironmentFault, ProtocolError, from_wire
+from caltrain.errors import (
+    UNDECODABLE,
+    AccessError,
+    CaltrainError,
+    ConfigError,
+    EnvironmentFault,
+    ProtocolError,
+    from_wire,
+)
 
 MAX_ARTIFACT = 8 << 30
 _RETRIES = 7
@@ -45,6 +53,8 @@ class RunStatus(msgspec.Struct):
     waiting_for: list[str] = []
     ignored: list[str] = []
     sandbox: dict[str, str] = {}
+    audit_rate: float = 0.0
+    cut: int | None = None
     error: dict[str, str] | None = None
 
 
@@ -89,6 +99,15 @@ class HostClient:
     def artifact(self, name: str, *, limit: int = MAX_ARTIFACT) -> bytes:
         """What the run left under that name."""
         return self._call("GET", f"/v1/artifacts/{name}", limit=limit)
+
+    def tail(self, name: str, *, offset: int, limit: int) -> bytes:
+        """What was added to a log of the run beyond `offset`; nothing while there is no such log."""
+        try:
+            return self._call("GET", f"/v1/artifacts/{name}", limit=limit, params={"offset": str(offset)})
+        except AccessError as error:
+            if error.code != "http.no-such-artifact":
+                raise
+            return b""
 
     def upload(self, path: str, file: Path) -> None:
         """PUT a file, streamed."""

@@ -16,7 +16,7 @@ from caltrain.models.layers import Conv, Flatten, Linear, MaxPool
 from caltrain.models.spec import ModelSpec, Partition, embedding_layer
 from caltrain.models.zoo import cifar_10_layer, cifar_18_layer, resnet18_32, vit_small_32
 from caltrain.records.schema import DataSchema
-from caltrain.training.spec import Augment, TrainingSpec
+from caltrain.training.spec import Augment, CenterSpec, TrainingSpec
 
 _DIGITS = tuple(str(digit) for digit in range(10))
 _CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -36,6 +36,7 @@ class Preset(msgspec.Struct, frozen=True, kw_only=True):
     partition: Partition
     data: DataSchema
     training: TrainingSpec
+    center: CenterSpec = CenterSpec()
 
 
 def _small_net(classes: int, *, hidden: int) -> ModelSpec:

@@ -11,9 +11,8 @@ from typing import TypeVar, cast
 
 import msgspec
 from msgspec.msgpack import Decoder
-from torch import Tensor
 
-from caltrain.boundary.channel import Channel
+from caltrain.boundary.channel import Channel, Tensors
 from caltrain.boundary.frames import FrameKind
 from caltrain.boundary.ring import Ring, Side, create_ring_memory
 from caltrain.boundary.tensors import TensorHead
@@ -67,7 +66,7 @@ def tensor_frame(head: TensorHead | bytes, data: bytes, *, claim: int | None = N
     return frame(struct.pack("<I", len(raw) if claim is None else claim) + raw + data, FrameKind.TENSOR)
 
 
-def hear(stream: bytes, expected: Decoder[M], *, ring: Ring | None = None) -> M | tuple[TensorHead, Tensor]:
+def hear(stream: bytes, expected: Decoder[M], *, ring: Ring | None = None) -> M | tuple[TensorHead, Tensors]:
     """What a channel makes of these bytes, after which the stream ends."""
     far, near = memory_socketpair()
     far.sendall(stream)

@@ -34,17 +34,26 @@ class MemoryHost:
         self.storage: dict[str, bytearray] = {}
         self.center: Center | None = None
         self.log: list[Crossing] = []
+        self.reconnect()
+        self.on_read: Callable[[Read], Answer] = self.read
+        self.on_write: Callable[[Write], Answer] = self.write
+        self.on_commit: Callable[[CommitCenter], Answer] = self.commit
+        self.on_show: Callable[[ShowCenter], Answer] = self.show
+        self.on_tensor: OnTensor = self.take
+
+    def reconnect(self) -> None:
+        """A stream to a new enclave: what was on its way in the old one is lost. `sent` begins anew."""
         self.end, enclave_end = memory_socketpair()
         self.enclave_end: MemorySocket = enclave_end
         self.channel = Channel(cast(socket.socket, self.end))
         self.enclave_channel = Channel(cast(socket.socket, enclave_end))
         enclave_end.turn = self.serve
         self.end.acted = lambda: self.log.append(Crossing("in"))
-        self.on_read: Callable[[Read], Answer] = self.read
-        self.on_write: Callable[[Write], Answer] = self.write
-        self.on_commit: Callable[[CommitCenter], Answer] = self.commit
-        self.on_show: Callable[[ShowCenter], Answer] = self.show
-        self.on_tensor: OnTensor = self.take
+
+    def be_honest(self) -> None:
+        """From now on answer as an honest host does."""
+        self.on_read, self.on_write = self.read, self.write
+        self.on_commit, self.on_show, self.on_tensor = self.commit, self.show, self.take
 
     def serve(self) -> None:
         """Answer what the enclave has sent."""

@@ -39,19 +39,26 @@ from caltrain.models.weights import decode_state
 from caltrain.plan import Plan, Right, RunManifest, check_plan
 from caltrain.provenance.chain import Chain, Event, verify_chain
 from caltrain.records.schema import decode_record
-from caltrain.training.plain import train_plain
+from caltrain.training.plain import OnStep, train_plain
 from caltrain.training.seeds import RunSeeds
 from support.members import Asked, Member, Pixels, question
 from support.memory_host import MemoryHost
 from support.tiny import CLASSES, MEASUREMENT, MODEL, PARTIES, RIGHTS, SHAPE, Element, pictures, tiny_plan
 
 __all__ = ["CLASSES", "MEASUREMENT", "MODEL", "PARTIES", "SHAPE", "World", "pictures"]
-HARMLESS = {State.NEW, State.ENROLLING, State.AGREEING, State.LINKED}
+HARMLESS = {State.NEW, State.ENROLLING, State.RESUMING, State.AGREEING, State.LINKED}
 Change = Callable[[Plan], Plan]
 
 
+def _quiet(_epoch: int, _step: int, _loss: float) -> None:
+    pass
+
+
 class World:
-    """Three parties with two shards each, users `una` (both rights) and `pat` (predict only), a tiny model."""
+    """Three parties with two shards each, users `una` (both rights) and `pat` (predict only), a tiny model.
+
+    The first `held_out` of the parties hold out their last shard.
+    """
 
     def __init__(
         self,
@@ -62,6 +69,7 @@ class World:
         epochs: int = 2,
         budget: int = 20,
         reveal_seed: bool = True,
+        held_out: int = 0,
         change: Change = lambda plan: plan,
     ) -> None:
         self.parties = {name: Member(name) for name in PARTIES}
@@ -80,6 +88,8 @@ class World:
             labels = [int(label) for label in np.random.default_rng(seed).integers(0, len(CLASSES), records)]
             images = pictures(records, seed=seed, dtype=self.plan.data.dtype)
             party.seal(self.plan.data, images, labels, shard_records=5)
+            if seed < held_out:
+                party.shards[-1].listed["held_out"] = True
         self.root = SigningKey()
         self.host = MemoryHost()
         self.run = self._new_run()
@@ -142,7 +152,8 @@ class World:
         fields = {name: value for name, value in vars(self.run).items() if name not in {"pending", "state"}}
         by_value = (bool, int, str, bytes, set, dict)
         held = {n: copy.copy(value) if isinstance(value, by_value) else id(value) for n, value in fields.items()}
-        return held | {"parties": dict(self.run.vault.parties)}
+        words = dict(self.run.resuming.words) if self.run.resuming else {}
+        return held | {"parties": dict(self.run.vault.parties), "run": self.run.vault.run, "words": words}
 
     # -- the honest run ----------------------------------------------------------------------------------------------
 
@@ -247,6 +258,7 @@ class World:
 
     def restart(self) -> None:
         """Enclave and center are gone; a new enclave begins, the host's storage stays."""
+        self.host.reconnect()
         self.run, self.host.center = self._new_run(), None
 
     def resume(self, name: str | None = None) -> m.Resume:
@@ -255,12 +267,13 @@ class World:
 
     def newest_checkpoint(self) -> str:
         """The object that the chain's last checkpoint event names."""
-        sealed = [event.body["sealed"] for event in self.chain_of_host() if event.kind == "checkpoint"][-1]
-        found = [n for n in self.host.storage if n.startswith("checkpoint-") and self._sealed(n) == sealed]
-        return found[0]
-
-    def _sealed(self, name: str) -> str:
-        return digest("checkpoint/v1", bytes(self.host.storage[name]))
+        named = [event.body for event in self.chain_of_host() if event.kind == "checkpoint"][-1]
+        return next(
+            name
+            for name, raw in self.host.storage.items()
+            if name.startswith("checkpoint-")
+            and digest("checkpoint/v1", bytes(raw[: named["size"]])) == named["sealed"]
+        )
 
     def rejoin(self, name: str, *, head: str | None = None, **changes: Any) -> m.Rejoin:
         """A party's word for the head of the chain that the host has."""
@@ -313,17 +326,29 @@ class World:
         """A statement of the enclave, verified."""
         return open_envelope(self.statements[kind], kind, self.run.vault.signing.public, type_, step="verify")
 
-    def data(self) -> tuple[Tensor, Tensor]:
-        """All records in the manifest's order: pixels (N, 1, 4, 4) and labels (N,)."""
-        records = [r for p in self.parties.values() for shard in p.shards for r in shard.records]
+    def data(self, *, held_out: bool = False) -> tuple[Tensor, Tensor]:
+        """Records in the manifest's order, those trained on or those held out: pixels (N, 1, 4, 4), labels (N,)."""
+        shards = [shard for p in self.parties.values() for shard in p.shards if shard.entry.held_out == held_out]
+        records = [record for shard in shards for record in shard.records]
         decoded = [decode_record(self.plan.data, record) for record in records]
         pixels = torch.from_numpy(np.stack([array for array, _ in decoded]))
         return pixels, torch.tensor([label for _, label in decoded])
 
-    def plain(self, seed: bytes) -> Network:
+    def plain(
+        self, seed: bytes, *, cuts: dict[int, int] | None = None, epochs: int | None = None, on_step: OnStep = _quiet
+    ) -> Network:
         """The model of the plain loop over the same records and run seed."""
         pixels, labels = self.data()
         plan, seeds = self.plan, RunSeeds.from_run_seed(seed)
+        training = msgspec.structs.replace(plan.training, epochs=epochs or plan.training.epochs)
         return train_plain(
-            plan.model, plan.partition, plan.data, plan.training, pixels=pixels, labels=labels, seeds=seeds
+            plan.model,
+            plan.partition,
+            plan.data,
+            training,
+            pixels=pixels,
+            labels=labels,
+            seeds=seeds,
+            cuts=cuts,
+            on_step=on_step,
         )

@@ -102,6 +102,7 @@ def verify_bundle(bundle: TraceBundle, *, plan_digest: str, head: str | None = N
         head=events[-1].digest(),
         simulated=manifest.simulated,
         center_audited=linked.audit_rate > 0,
+        audit_rate=linked.audit_rate,
     )
 
 

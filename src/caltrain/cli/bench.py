@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from caltrain.cli.output import Format, FormatOption, choose, emit
+from caltrain.bench.training import TrainingReport, bench_preset, cuts_of, run
+from caltrain.cli.output import Format, FormatOption, choose, console, emit
+from caltrain.presets import Preset, StartName
+from caltrain.reports.plot import line_plot
 
 app = typer.Typer(help="Measure; see docs/ for the figures and what they mean.", no_args_is_help=True)
 
@@ -27,3 +34,54 @@ def sealing(
 
     choose(format_)
     emit(run(records=records, repeats=repeats), title="Sealing")
+
+
+@app.command()
+def train(
+    model: Annotated[StartName, typer.Option(help="a preset's model")] = "cifar10-18-layer",
+    cut: Annotated[int | None, typer.Option(min=0, help="layers in front; default the preset's")] = None,
+    head: Annotated[int | None, typer.Option(min=1, help="layers of the HeadNet in the ternary form")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="records of a step")] = 64,
+    threads: Annotated[int, typer.Option(min=1, help="threads that compute, on either side")] = 2,
+    rounds: Annotated[int, typer.Option(min=1, help="paired repeats")] = 9,
+    steps: Annotated[int, typer.Option(min=1, help="steps of each way in a round")] = 1,
+    audit_rate: Annotated[float, typer.Option(min=0, max=1, help="share of the center's steps repeated inside")] = 0.0,
+    sweep_cuts: Annotated[bool, typer.Option("--sweep-cuts", help="a long run: every second cut")] = False,
+    plot: Annotated[Path | None, typer.Option(help="with --sweep-cuts: write the ratios as SVG")] = None,
+    format_: FormatOption = Format.TEXT,
+) -> None:
+    """Protected training beside plain PyTorch: speed, its ratio, and whether the weights are the same bits."""
+    from caltrain.bench.identity import weights_identical  # noqa: PLC0415  # torch
+
+    choose(format_)
+
+    def preset_at(front: int | None) -> Preset:
+        return bench_preset(model, cut=front, head=head, batch=batch, threads=threads, audit_rate=audit_rate)
+
+    cuts = cuts_of(preset_at(cut)) if sweep_cuts else [cut]
+    with _ticks(len(cuts) * (rounds + 1)) as tick:
+        rows = []
+        for front in cuts:
+            preset = preset_at(front)
+            same = weights_identical(preset)
+            rows.append(run(model, preset, rounds=rounds, steps=steps, identical=same, on_round=tick))
+    if plot is not None:
+        plot.write_text(ratio_plot(rows), encoding="utf-8")
+    emit({"cuts": rows} if sweep_cuts else rows[0], title="Training (simulated enclave)")
+
+
+def ratio_plot(rows: Sequence[TrainingReport]) -> str:
+    """Both ratios over the cut, as SVG."""
+    lines = {
+        "two-way": [(row.cut, row.ratio_two_way) for row in rows],
+        "ternary": [(row.cut, row.ratio_ternary) for row in rows],
+    }
+    return line_plot(lines, title=f"{rows[0].model}: throughput / plain", x="layers in front", y="ratio")
+
+
+@contextmanager
+def _ticks(total: int) -> Iterator[Callable[[int, int], None]]:
+    columns = (TextColumn("rounds"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_interactive) as progress:
+        task = progress.add_task("", total=total)
+        yield lambda _done, _of: progress.advance(task)

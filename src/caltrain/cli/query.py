@@ -21,6 +21,7 @@ from caltrain.files import read_bounded
 from caltrain.host_client import HostClient
 from caltrain.participant.identity import load_identity
 from caltrain.plan import Plan, Right
+from caltrain.reports.terminal import center_note
 
 InputsArgument = Annotated[Path, typer.Argument(help=".npy of the plan's shape: (N, C, H, W) or (C, H, W)")]
 UrlOption = Annotated[str, typer.Option(help="the host")]
@@ -113,8 +114,7 @@ def verify(
     verified = verify_bundle(found, plan_digest=plan_digest, head=head or None)
     if verified.simulated:
         say_simulated()
-    if not verified.center_audited:
-        say("center not audited: a hostile host could have planted what no record shows.")
+    say(center_note(verified.audit_rate))
     emit(
         {
             "verified": True,

@@ -95,6 +95,7 @@ def figures(finished: Finished, plain: Network, *, data: str, seconds: float, re
         substitutions=sum(d.substitutes for d in disputes),
         substitutions_refused=sum(d.refused for d in disputes),
         center_audited=plan.center.audit_rate > 0,
+        audit_rate=plan.center.audit_rate,
         events=len(finished.events),
         chain_head=finished.events[-1].digest(),
         model=finished.traces[0].model,

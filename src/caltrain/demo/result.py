@@ -28,6 +28,7 @@ class DemoResult(msgspec.Struct, frozen=True, kw_only=True):
     substitutions: int
     substitutions_refused: int
     center_audited: bool
+    audit_rate: float = 0.0
     events: int
     chain_head: str
     model: str

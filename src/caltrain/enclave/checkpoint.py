@@ -109,7 +109,8 @@ def write_checkpoint(run: Run, state: State) -> None:
     blob = _LENGTH.pack(len(header)) + header + sealed
     run.door.write(f"checkpoint-{custody.written % 2}", blob, offset=0)
     custody.written += 1
-    body: dict[str, object] = {"state": state, "sealed": digest("checkpoint/v1", blob)}
+    # With its size, because the object may be longer: the one before it in this place was not cut off.
+    body: dict[str, object] = {"state": state, "sealed": digest("checkpoint/v1", blob), "size": len(blob)}
     if course:
         body |= {"epoch": course.epoch, "step": course.step, "front": course.front}
         body |= {"center": to_text(course.center)} if course.center else {}
@@ -137,8 +138,12 @@ def _snapshot(run: Run, state: State) -> Snapshot:
 
 
 def read_checkpoint(run: Run, name: str) -> tuple[CheckpointHeader, bytes]:
-    """Header and whole object of the host's checkpoint `name`. Raises IntegrityError `checkpoint.malformed`."""
-    (length,) = _LENGTH.unpack(run.door.read(name, offset=0, length=_LENGTH.size))
+    """Header and whole object of the host's checkpoint `name`. Raises IntegrityError `checkpoint.malformed`.
+
+    No byte is read twice: the header that is looked at is the one in the object.
+    """
+    prefix = run.door.read(name, offset=0, length=_LENGTH.size)
+    (length,) = _LENGTH.unpack(prefix)
     if length > _MAX_HEADER:
         raise _malformed(f"a header of {length} bytes")
     raw = run.door.read(name, offset=_LENGTH.size, length=length)
@@ -146,16 +151,19 @@ def read_checkpoint(run: Run, name: str) -> tuple[CheckpointHeader, bytes]:
         header = msgpack_decoder(CheckpointHeader).decode(raw)
     except UNDECODABLE as error:
         raise _malformed(str(error)) from None
-    size = _LENGTH.size + length + header.size + OVERHEAD
-    return header, run.door.read(name, offset=0, length=size)
+    sealed = run.door.read(name, offset=_LENGTH.size + length, length=header.size + OVERHEAD)
+    return header, prefix + raw + sealed
 
 
 def open_checkpoint(blob: bytes, header: CheckpointHeader, key: bytes) -> tuple[Snapshot, dict[str, Tensor]]:
-    """The snapshot and its tensors. Raises IntegrityError."""
+    """The snapshot and its tensors. Raises IntegrityError, also for a snapshot that a quorum made up."""
     (length,) = _LENGTH.unpack(blob[: _LENGTH.size])
     raw, sealed = blob[_LENGTH.size : _LENGTH.size + length], blob[_LENGTH.size + length :]
     plain = unseal(_key(key, header.salt), sealed, aad=raw, step="resume")
-    snapshot: Snapshot = msgpack_decoder(Snapshot).decode(plain)
+    try:
+        snapshot: Snapshot = msgpack_decoder(Snapshot).decode(plain)
+    except UNDECODABLE as error:
+        raise _malformed(str(error)) from None
     return snapshot, decode_state(snapshot.tensors, step="resume")
 
 

@@ -10,7 +10,7 @@ from caltrain.boundary.messages import Done, MoveCut
 from caltrain.crypto.digests import to_raw
 from caltrain.crypto.dsse import open_envelope
 from caltrain.enclave.run import Run, State, present
-from caltrain.enclave.zones import make_zone, of_layers, same_center, shown_center
+from caltrain.enclave.zones import center_zone, make_zone, of_layers, same_center, shown_center
 from caltrain.errors import AccessError, IntegrityError, ProtocolError
 from caltrain.models.spec import check_cut, zone_ranges
 from caltrain.models.weights import encode_state, model_digest
@@ -22,18 +22,21 @@ def move_cut(run: Run, message: MoveCut) -> tuple[Done, State]:
     plan, course = present(run.plan), present(run.course)
     before, after = run.partition, plan.partition.at(message.front)
     check_cut(plan.model, after)
-    if course.step or not course.epoch or after.front == before.front:
+    least = plan.partition.front_at(course.epoch)
+    if course.step or not course.epoch or after.front == before.front or after.front < least:
         raise ProtocolError(
             "cut.not-now",
-            f"the FrontNet has {before.front} layers in epoch {course.epoch}, step {course.step}",
+            f"from {before.front} to {after.front} layers (at least {least}) in epoch {course.epoch}.{course.step}",
             step="move cut",
-            fix="Move the cut between two epochs, to another layer.",
+            fix="Move the cut between two epochs, to another layer, no shallower than the plan's schedule.",
         )
     if after.front < before.front:
         _check_consent(run, message)
     same_center(run)
-    center = shown_center(run, (course.epoch, course.step), course.center)
-    both = dict(present(run.front).state()) | dict(center)
+    center = center_zone(run)
+    # It takes exactly what is its own: a CenterNet with more in it would replace our FrontNet.
+    center.load(shown_center(run, (course.epoch, course.step), course.center), step="move cut")
+    both = present(run.front).state() | center.state()
     front_layers, center_layers, _ = zone_ranges(plan.model, after)
     front = make_zone(run, front_layers, run.seeds.front)
     front.load(of_layers(both, front_layers), step="move cut")

@@ -142,6 +142,8 @@ def make_manifest(run: Run, _message: MakeManifest) -> tuple[Done, State]:
             fix="Contribute more records, or agree on a smaller batch.",
         )
     run.manifest = manifest
+    run.seed = run_seed(vault.randomness, [vault.parties[party.name].entropy for party in plan.parties])
+    take_custody(run)
     run.record("manifest", {"manifest": manifest.digest(), "records": manifest.records()})
     return Done(signed=vault.signing.sign("run-manifest", manifest)), State.AGREEING
 
@@ -150,16 +152,14 @@ def countersign(run: Run, message: Countersign) -> tuple[Done, State]:
     """Take a party's second approval; with the last one, the run may begin."""
     plan, manifest = present(run.plan), present(run.manifest)
     check_countersignature(plan, manifest, message.party, message.envelope)
+    signed = run.countersigned | {message.party}
+    state = State.AGREED if len(signed) == len(plan.parties) else State.AGREEING
     if message.party not in run.countersigned:
-        run.countersigned.add(message.party)
         run.record("countersignature", {"party": message.party})
-    if len(run.countersigned) < len(plan.parties):
-        return Done(), State.AGREEING
-    entropies = [run.vault.parties[party.name].entropy for party in plan.parties]
-    run.seed = run_seed(run.vault.randomness, entropies)
-    take_custody(run)
-    write_checkpoint(run, State.AGREED)
-    return Done(), State.AGREED
+    if state is State.AGREED:
+        write_checkpoint(run, state)
+    run.countersigned = signed  # last: a host that does not store the checkpoint leaves everything as it was
+    return Done(), state
 
 
 def _not_in(code: str, party: str, what: str, step: str) -> ProvisioningError:

@@ -43,8 +43,8 @@ def resume(run: Run, message: Resume) -> tuple[Done, State]:
     header, blob = read_checkpoint(run, message.checkpoint)
     if header.plan != plan.digest():
         raise _refuse("resume.other-plan", f"it belongs to the plan {header.plan}")
-    run.plan, run.resuming = plan, Resuming(header.run, digest("checkpoint/v1", blob), message.checkpoint)
     take_wheel(run, plan)
+    run.plan, run.resuming = plan, Resuming(header.run, digest("checkpoint/v1", blob), message.checkpoint)
     return Done(), State.RESUMING
 
 
@@ -60,9 +60,10 @@ def rejoin(run: Run, message: Rejoin) -> tuple[Done, State]:
     if secret.run != resuming.run:
         raise _refuse("resume.other-run", f"{party.name} signed for the run {secret.run}")
     header, blob = _same_checkpoint(run, resuming)
-    resuming.words[party.name] = (secret.head, open_share(header, party.name, secret.data_key))
-    agreed = {name: share for name, (head, share) in resuming.words.items() if head == secret.head}
+    words = resuming.words | {party.name: (secret.head, open_share(header, party.name, secret.data_key))}
+    agreed = {name: share for name, (head, share) in words.items() if head == secret.head}
     if len(agreed) < quorum_of(plan):
+        resuming.words = words
         return Done(), State.RESUMING
     key = shares.join(list(agreed.values()), threshold=quorum_of(plan))
     snapshot, tensors = open_checkpoint(blob, header, key)
@@ -107,6 +108,7 @@ def _restore(
     run.vault.take_over(snapshot.manifest.run, SigningKey(snapshot.signing_key), snapshot.parties)
     run.chain = Chain(run.vault.signing, run=run.vault.run, events=events)
     run.manifest, run.seed, run.custody = snapshot.manifest, snapshot.seed, snapshot.custody
+    run.custody.written += 1  # sealed before it was counted itself: the next one must not take its place
     run.countersigned = {party.name for party in plan.parties}
     run.spent = _spent(events)
     if snapshot.course is not None:

@@ -63,7 +63,7 @@ from caltrain.enclave.resume import rejoin, resume
 from caltrain.enclave.run import Run, State
 from caltrain.enclave.train import train
 from caltrain.enclave.vault import Vault
-from caltrain.errors import CaltrainError, ProtocolError
+from caltrain.errors import CaltrainError, LineageError, ProtocolError
 from caltrain.provenance.chain import Chain
 
 Handler = Callable[[Run, Any], tuple[Done, State]]
@@ -122,7 +122,10 @@ def _stopped(run: Run, error: CaltrainError) -> tuple[Envelope, ...]:
     """The run ends here. The chain says why, or only that the host said so: its words are not signed."""
     before, run.state = run.state, State.STOPPED
     why = "host.reported" if error.reported else error.code
-    return (run.chain.append("stopped", {"state": before, "code": why}),)
+    try:
+        return (run.chain.append("stopped", {"state": before, "code": why}),)
+    except LineageError:  # the chain is full
+        return ()
 
 
 def _look_up(state: State, request: Request) -> tuple[Handler, frozenset[State]]:

@@ -19,7 +19,7 @@ from caltrain.enclave.audit import Crossing, check_end, repeat
 from caltrain.enclave.checkpoint import write_checkpoint
 from caltrain.enclave.ingest import unpack
 from caltrain.enclave.measure import measure
-from caltrain.enclave.prefetch import Prefetch
+from caltrain.training.prefetch import Prefetch
 from caltrain.enclave.run import Batch, Course, Run, State, present
 from caltrain.enclave.zones import center_zone, same_center, shown_center
 from caltrain.errors import DataError, ProtocolError

@@ -3,16 +3,18 @@
     GET  /v1/plan                              the plan (canonical JSON)
     GET  /v1/run                               phase, progress, who is waited for, error; says when simulated
     POST /v1/run/start                         the operator: begin once all is in
+    POST /v1/run/cut?front=                    the operator: move the cut when the next epoch begins
     GET  /v1/attestation?purpose=&nonce=       evidence bundle
     POST /v1/parties/{party}/approval          DSSE plan-approval
     PUT  /v1/parties/{party}/shards/{shard}    sealed shard (streamed)
     POST /v1/parties/{party}/provision         DSSE provision -> DSSE provision-receipt
     GET  /v1/manifest                          DSSE run-manifest
     POST /v1/parties/{party}/countersignature  DSSE manifest-approval
-    GET  /v1/artifacts/{name}                  what the run left: see `ARTIFACTS`
+    GET  /v1/artifacts/{name}?offset=          what the run left, from that byte on: see `ARTIFACTS`
     POST /v1/users/{user}/query                DSSE query -> sealed answer
     POST /v1/parties/{party}/disclosure        DSSE disclosure-note
     POST /v1/parties/{party}/rejoin            DSSE rejoin: the run may be taken up
+    POST /v1/parties/{party}/cut               DSSE move-cut: the FrontNet may become shallower
 
 Errors are `{"error": {family, code, what, step, fix}}`.
 """
@@ -22,10 +24,10 @@ from __future__ import annotations
 import re
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
-from fastapi import FastAPI, Request, Response
+from fastapi import FastAPI, Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, StreamingResponse
@@ -46,10 +48,11 @@ from caltrain.errors import (
 )
 from caltrain.host.conductor import Conductor
 from caltrain.host.uploads import receive_shard
+from caltrain.models.spec import Cut
 
 MAX_NOTE = 1 << 20
 ARTIFACTS = re.compile(
-    r"center|release\.json|suspicion\.json|chain\.jsonl|(release|suspicion)/[a-z0-9-]{1,40}"
+    r"center|log\.jsonl|release\.json|suspicion\.json|chain\.jsonl|(release|suspicion)/[a-z0-9-]{1,40}"
     r"|countersignatures/[a-z0-9-]{1,40}\.json"
 )
 _STATUS: dict[type[CaltrainError], int] = {
@@ -107,6 +110,11 @@ def _run_routes(app: FastAPI, conductor: Conductor) -> None:
         conductor.start_training()
         return _json(conductor.status)
 
+    @app.post("/v1/run/cut")
+    async def cut(front: int) -> Response:
+        conductor.ask_cut(_convert(front, Cut))
+        return _json(conductor.status)
+
     @app.get("/v1/attestation")
     async def attestation(purpose: str, nonce: str) -> Response:
         checked = _convert((purpose, nonce), tuple[Purpose, Nonce])
@@ -121,12 +129,12 @@ def _run_routes(app: FastAPI, conductor: Conductor) -> None:
         return FileResponse(conductor.store.path("manifest.json"), media_type="application/json")
 
     @app.get("/v1/artifacts/{name:path}")
-    async def artifact(name: str) -> Response:
+    async def artifact(name: str, offset: Annotated[int, Query(ge=0)] = 0) -> Response:
         if not ARTIFACTS.fullmatch(name) or not conductor.store.path(name).is_file():
             raise AccessError(
                 "http.no-such-artifact", f"no artifact {name[:80]!r}", step="get artifact", fix="Wait for its phase."
             )
-        size, pieces = conductor.store.snapshot(name)
+        size, pieces = conductor.store.snapshot(name, offset=offset)
         length = {"Content-Length": str(size)}
         return StreamingResponse(pieces, media_type="application/octet-stream", headers=length)
 
@@ -144,6 +152,7 @@ def _party_routes(app: FastAPI, conductor: Conductor) -> None:
     forward("countersignature", conductor.countersign)
     forward("disclosure", conductor.disclose)
     forward("rejoin", conductor.rejoin)
+    forward("cut", conductor.agree_cut)
 
     @app.put("/v1/parties/{party}/shards/{shard}")
     async def put_shard(party: str, shard: str, request: Request) -> Response:
@@ -212,6 +221,4 @@ def _convert(value: Any, type_: Any) -> Any:
 
 
 def _bad_argument(what: str) -> ProtocolError:
-    return ProtocolError(
-        "http.bad-argument", what, step="read query", fix="Send purpose=training|query and a 32-byte hex nonce."
-    )
+    return ProtocolError("http.bad-argument", what, step="read query", fix="Send what this version's commands send.")

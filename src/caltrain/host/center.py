@@ -16,6 +16,7 @@ from caltrain.models.spec import zone_ranges
 from caltrain.models.weights import State, encode_state, model_digest, state_of
 from caltrain.models.wheel import Factory, no_wheel
 from caltrain.plan import Plan
+from caltrain.training.initial import start_from
 from caltrain.training.zone import At, Zone
 
 _KEPT = 2
@@ -95,6 +96,11 @@ class Center:
                 fix="Ask for one of the last two that were committed to.",
             )
         return encode_state(self._kept[epoch, step])
+
+    def start_from(self, state: State) -> None:
+        """Begin with those of the plan's public weights that belong here. Raises ConfigError, IntegrityError."""
+        start_from(self.zone.module, state, self._plan.model)
+        self._kept.clear()
 
     def restore(self, state: State) -> None:
         """Go on from a kept state. Raises IntegrityError `weights.malformed`."""

@@ -6,7 +6,6 @@ The host decides nothing that matters: the enclave refuses what is out of order,
 from __future__ import annotations
 
 import base64
-import math
 import os
 import threading
 import time
@@ -23,9 +22,11 @@ from caltrain.crypto.decoders import json_decoder
 from caltrain.crypto.digests import canonical_json
 from caltrain.crypto.dsse import Envelope
 from caltrain.errors import CaltrainError, ProtocolError, from_wire
-from caltrain.host.kept import center_object, newest_checkpoint
+from caltrain.host.cuts import AskedCut
+from caltrain.host.kept import kept_events, last_cut, newest_checkpoint
+from caltrain.host.runlog import RunLog
+from caltrain.host.sizes import slot_bytes
 from caltrain.host.store import Store
-from caltrain.models.spec import cut_shapes
 from caltrain.plan import Plan, RunManifest, check_approval, check_countersignature
 
 if TYPE_CHECKING:
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
     from caltrain.host.device import Choice
     from caltrain.host.launcher import Enclave
 
-_ALIGN = 4096
 _FOREVER = 1e6  # seconds; a phase of the run waits for a query to end, however long
 
 
@@ -53,6 +53,8 @@ class Status:
     waiting_for: list[str] = field(default_factory=list)
     ignored: list[str] = field(default_factory=list)
     sandbox: dict[str, str] = field(default_factory=dict)
+    audit_rate: float = 0.0
+    cut: int | None = None
     error: dict[str, str] | None = None
 
 
@@ -70,7 +72,7 @@ class Conductor:
         device: Choice = "auto",
     ) -> None:
         self.plan, self.store, self.center = plan, store, cast("Center | None", None)
-        self.status = Status(epochs=plan.training.epochs)
+        self.status = Status(epochs=plan.training.epochs, audit_rate=plan.center.audit_rate)
         self.approvals: dict[str, Envelope] = {}
         self.provisioned: set[str] = set()
         self.countersigned: set[str] = set()
@@ -78,11 +80,13 @@ class Conductor:
         self._root_secret = root_secret
         self._enclave: Enclave | None = None
         self._changed = threading.Condition()
-        self._started, self._resume, self._device = auto_start, resume, device
+        self._started, self._resume, self._device = auto_start or resume, resume, device
+        self._asked = AskedCut(plan)
         self.rejoined: set[str] = set()
         self._stopping = False
         self._epoch_began, self._step_began = 0.0, 0
         self._taken_up: m.Done | None = None
+        self._log = RunLog(store)
         self._events: deque[Envelope] = deque()
         self._thread = threading.Thread(target=self._conduct, name="conductor", daemon=True)
 
@@ -148,10 +152,26 @@ class Conductor:
 
     def rejoin(self, party: str, envelope: Envelope) -> None:
         """A party's word that the run may be taken up."""
+        if party in self.rejoined:  # sent twice: once is enough for one restart
+            return
         done = self._ask(m.Rejoin(party, envelope))
         self.rejoined.add(party)
         if done.state:
             self._taken_up = done
+        self.notify()
+
+    def ask_cut(self, front: int) -> None:
+        """The operator's wish for a FrontNet of so many layers from the next epoch on."""
+        self._asked.ask(front, epoch=max(self.status.epoch, 1))
+        self.status.cut = front
+        self.notify()
+
+    def agree_cut(self, party: str, envelope: Envelope) -> None:
+        """A party's word for a shallower FrontNet."""
+        if self.manifest is None or self.status.phase != "cut":
+            raise _not_yet("cut to agree to")
+        head = kept_events(self.store)[-1].digest()
+        self._asked.agree(party, envelope, run=self.manifest.run, head=head)
         self.notify()
 
     def query(self, user: str, envelope: Envelope) -> bytes:
@@ -207,7 +227,7 @@ class Conductor:
         try:
             self._enclave = launch(
                 self.store,
-                slot_bytes=_slot_bytes(self.plan),
+                slot_bytes=slot_bytes(self.plan),
                 threads=self.plan.training.threads,
                 root_secret=self._root_secret,
                 on_progress=self._on_progress,
@@ -230,9 +250,6 @@ class Conductor:
         self.store.put("manifest.json", msgspec.json.encode(signed))
         self.manifest = json_decoder(RunManifest).decode(_payload(signed))
         self._wait("countersignatures", lambda: names - self.countersigned)
-        wanted = {m.StoredShard(p.name, s.shard) for p in self.manifest.parties for s in p.shards}
-        self._wait("shards", lambda: {s.party for s in wanted - set(self.store.shards())})
-        self._wait("start", lambda: set() if self._started else {"operator"})
 
     def _take_up(self) -> m.Done:
         """Go on with the run whose checkpoint and chain lie in the folder, once a quorum of parties agrees."""
@@ -241,9 +258,17 @@ class Conductor:
         self._ask(m.Resume(canonical_json(self.plan), newest_checkpoint(self.store)))
         names = {party.name for party in self.plan.parties}
         self._wait("resume", lambda: set() if self._taken_up else names - self.rejoined)
-        return self._taken_up or m.Done()
+        done = self._taken_up or m.Done()
+        moved = last_cut(self.store)
+        if moved > done.front:  # it was deepened after that checkpoint, and must be again
+            self._asked.front = moved
+        return done
 
     def _ingest(self) -> m.Done:
+        parties = self.manifest.parties if self.manifest else ()
+        wanted = {m.StoredShard(p.name, s.shard) for p in parties for s in p.shards}
+        self._wait("shards", lambda: {s.party for s in wanted - set(self.store.shards())})
+        self._wait("start", lambda: set() if self._started else {"operator"})
         self._phase("ingest")
         done = self._ask(m.Ingest(self.store.shards()), wait=_FOREVER)
         self.status.ignored = [f"{s.party}/{s.shard}" for s in done.ignored]
@@ -251,33 +276,42 @@ class Conductor:
 
     def _train(self, done: m.Done) -> None:
         """From where the enclave says that the run is to the end of training."""
-        from caltrain.host.center import Center  # noqa: PLC0415  # as in _launch
-        from caltrain.host.device import Device  # noqa: PLC0415
-        from caltrain.models.weights import decode_state  # noqa: PLC0415
+        from caltrain.host.begin import begin_center  # noqa: PLC0415  # as in _launch
 
         records = self.manifest.records() if self.manifest else 0
-        device = Device.choose(self._device, self.plan)
-        center = Center(self.plan, seed=done.center_seed, records=records, front=done.front, device=device)
-        if done.at is not None and done.at != (0, 0):
-            center.restore(decode_state(self.store.read_whole(center_object(*done.at)), step="resume"))
+        center = begin_center(self.plan, self.store, done, records=records, device=self._device)
         self._running().center = self.center = center
         self._phase("train")
         while done.state != "trained":
-            done = self._deepen(done)
+            done = self._move_cut(done)
             epoch, step = done.at or (0, 0)
             self.status.epoch, self._epoch_began, self._step_began = epoch + 1, time.monotonic(), step
             done = self._ask(m.Train(epoch, step), wait=_FOREVER)
             self.status.loss, self.status.held_out = done.loss, done.held_out
+            if done.at is None or done.at[1] == 0:
+                self._log.epoch(epoch=epoch + 1, loss=done.loss, held_out=done.held_out)
 
-    def _deepen(self, done: m.Done) -> m.Done:
-        """Move the cut where the plan's schedule says so."""
+    def _move_cut(self, done: m.Done) -> m.Done:
+        """Move the cut between epochs: where the plan's schedule says so, or the operator."""
         epoch, step = done.at or (0, 0)
-        due = self.plan.partition.front_at(epoch)
-        if step or due <= done.front or self.center is None:
+        if step or self.center is None:
             return done
-        moved = self._ask(m.MoveCut(due), wait=_FOREVER)
-        self.center.recut(due, {})
-        return moved
+        asked = self._asked.front if epoch else None
+        front = max(self.plan.partition.front_at(epoch), done.front if asked is None else asked)
+        if front < done.front:
+            self._wait("cut", lambda: self._asked.missing(done.front))
+            self._phase("train")
+            if self._asked.front != asked:  # the operator has thought again
+                return self._move_cut(done)
+        if front != done.front:
+            former, done = done.front, self._ask(m.MoveCut(front, self._asked.approvals), wait=_FOREVER)
+            from caltrain.host.begin import moved_out  # noqa: PLC0415  # as in _launch
+
+            self.center.recut(front, moved_out(self.store) if front < former else {})
+        if asked is not None:
+            self._asked.done()
+            self.status.cut = None
+        return done
 
     def _release(self) -> None:
         self._phase("release")
@@ -300,8 +334,9 @@ class Conductor:
     def _keep_events(self, events: tuple[Envelope, ...]) -> None:
         # One that could not be kept (a full disk) stays first in the queue: a chain with a hole would be worthless.
         self._events.extend(events)
+        self.store.sync()  # a checkpoint that an event names must outlast a power failure if the event does
         while self._events:
-            self.store.append_line("chain.jsonl", msgspec.json.encode(self._events[0]))
+            self.store.append_line("chain.jsonl", msgspec.json.encode(self._events[0]), durable=True)
             self._events.popleft()
 
     def _running(self) -> Enclave:
@@ -331,22 +366,15 @@ class Conductor:
         if progress.phase == "train":
             status.loss = progress.loss
             seconds = time.monotonic() - self._epoch_began
-            status.images_per_second = (
-                (progress.done - self._step_began) * self.plan.training.batch / max(seconds, 1e-9)
+            speed = (progress.done - self._step_began) * self.plan.training.batch / max(seconds, 1e-9)
+            status.images_per_second, epoch = speed, status.epoch
+            self._log.step(
+                epoch=epoch, step=progress.done, steps=progress.total, loss=progress.loss, images_per_second=speed
             )
 
 
 def _payload(envelope: Envelope) -> bytes:
     return base64.b64decode(envelope.payload)
-
-
-def _slot_bytes(plan: Plan) -> int:
-    """The most that crosses together, rounded up to pages."""
-    partition = plan.partition
-    cuts = {partition.front, *(d.front for d in partition.deepen), len(plan.model.layers) - partition.head}
-    sizes = [sum(map(math.prod, cut_shapes(plan.model, cut, plan.data.shape))) for cut in cuts]
-    largest = max(sizes) * plan.training.batch * 4
-    return math.ceil(largest / _ALIGN) * _ALIGN
 
 
 def _not_yet(what: str) -> ProtocolError:

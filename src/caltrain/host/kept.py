@@ -7,8 +7,9 @@ import base64
 from caltrain.crypto.decoders import json_decoder
 from caltrain.crypto.digests import digest
 from caltrain.crypto.dsse import Envelope
-from caltrain.errors import ProtocolError
+from caltrain.errors import ConfigError, ProtocolError
 from caltrain.host.store import Store
+from caltrain.plan import Plan, plan_from_json
 from caltrain.provenance.chain import Event
 
 _CHECKPOINTS = ("checkpoint-0", "checkpoint-1")
@@ -27,17 +28,60 @@ def keep_center(store: Store, epoch: int, step: int, state: bytes) -> None:
         old.unlink()
 
 
+def kept_events(store: Store) -> list[Event]:
+    """The run's chain as it lies in the folder, unverified. Raises ProtocolError `resume.nothing` without one."""
+    if not store.path("chain.jsonl").is_file():
+        raise _nothing(store)
+    lines = store.read_whole("chain.jsonl").splitlines()
+    return [json_decoder(Event).decode(base64.b64decode(json_decoder(Envelope).decode(line).payload)) for line in lines]
+
+
 def newest_checkpoint(store: Store) -> str:
     """Name of the checkpoint that the chain names last. Raises ProtocolError `resume.nothing`."""
-    sealed = ""
-    for line in store.read_whole("chain.jsonl").splitlines():
-        event = json_decoder(Event).decode(base64.b64decode(json_decoder(Envelope).decode(line).payload))
-        if event.kind == "checkpoint":
-            sealed = str(event.body.get("sealed"))
-    for name in _CHECKPOINTS:
-        if store.path(name).is_file() and digest("checkpoint/v1", store.read_whole(name)) == sealed:
-            return name
-    raise ProtocolError(
+    named = [event.body for event in kept_events(store) if event.kind == "checkpoint"]
+    for name in _CHECKPOINTS if named else ():
+        # An object may be longer than its checkpoint: what lay there before was written over, not cut.
+        if store.path(name).is_file():
+            raw = store.read_whole(name)[: int(named[-1]["size"])]
+            if digest("checkpoint/v1", raw) == named[-1]["sealed"]:
+                return name
+    raise _nothing(store)
+
+
+def check_resumable(store: Store, plan: Plan) -> None:
+    """Raise ProtocolError `resume.nothing`, or ConfigError `resume.plan-differs`, unless a run of `plan` lies there."""
+    newest_checkpoint(store)
+    kept = plan_from_json(store.read_whole("plan.json"))
+    if kept.digest() != plan.digest():
+        raise ConfigError(
+            "resume.plan-differs",
+            f"{store.root} holds a run of the plan {kept.digest()}, not of {plan.digest()}",
+            step="resume",
+            fix="Give the plan with which the run began; a run's plan cannot be changed.",
+        )
+
+
+def check_nothing_lost(store: Store) -> None:
+    """Raise ConfigError `host.unfinished-run` where a run that could be taken up lies in the folder."""
+    if not store.path("chain.jsonl").is_file():
+        return
+    kinds = {event.kind for event in kept_events(store)}
+    if "checkpoint" in kinds and "link" not in kinds:
+        raise ConfigError(
+            "host.unfinished-run",
+            f"{store.root} holds a run that is not finished, and that a new one would make impossible to resume",
+            step="serve",
+            fix="Serve with --resume to take it up; with --anew to give it up; or choose another --folder.",
+        )
+
+
+def last_cut(store: Store) -> int:
+    """Layers of the FrontNet after the last move of the cut, 0 where it was never moved."""
+    return next((int(e.body["front"]) for e in reversed(kept_events(store)) if e.kind == "cut"), 0)
+
+
+def _nothing(store: Store) -> ProtocolError:
+    return ProtocolError(
         "resume.nothing",
         f"{store.root} holds no checkpoint of a run",
         step="resume",

@@ -15,6 +15,8 @@ from caltrain.errors import EnvironmentFault
 from caltrain.host.api import create_app
 from caltrain.host.conductor import Conductor
 from caltrain.host.confine import QUIET_THREADS
+from caltrain.host.given import Given, check_given, keep_given
+from caltrain.host.kept import check_nothing_lost, check_resumable
 from caltrain.host.store import Store
 from caltrain.plan import Plan
 
@@ -51,15 +53,25 @@ def serve(
     root: SigningKey,
     auto_start: bool,
     resume: bool = False,
+    anew: bool = False,
     device: Choice = "auto",
+    given: Given | None = None,
 ) -> None:
     """Serve one run, or `resume` the one that lies in `folder`, on a bound socket until SIGINT or SIGTERM.
 
-    The enclave ends with it. Then raises that signal again. Raises EnvironmentFault for a folder that cannot be used.
+    An unfinished run in the folder is given up only with `anew`. `given` are files that the plan names. The enclave ends with it. Then raises that signal again. Raises, before
+    anything is launched: EnvironmentFault for a folder that cannot be used, ConfigError for files that are not the
+    plan's (see `given`), ProtocolError or ConfigError for a folder without a run of this plan to resume.
     """
     os.environ.update(QUIET_THREADS)  # read when torch is loaded, which is later
+    check_given(plan, given or {}, kept=folder if resume else None)
     store = Store(folder)
+    if not (resume or anew):
+        check_nothing_lost(store)
     store.renew(resume=resume)
+    if resume:
+        check_resumable(store, plan)
+    keep_given(store, given or {})
     conductor = Conductor(
         plan, store, root_secret=root.private_bytes(), auto_start=auto_start, resume=resume, device=device
     )

@@ -94,7 +94,7 @@ class Store:
             if resume:
                 self._drop_torn_line()
                 return
-            for dead in (*self.root.glob("pool-*"), *self.root.glob("held-out-*"), *self.root.glob("checkpoint-*")):
+            for dead in self._own_objects():
                 dead.unlink()
             if (self.root / "chain.jsonl").exists():
                 self._set_aside()
@@ -136,16 +136,16 @@ class Store:
         with _disk(f"read {name}"), _present(name):
             return self.path(name).read_bytes()
 
-    def snapshot(self, name: str) -> tuple[int, Iterator[bytes]]:
-        """Size and bytes of an object as it is now: what is appended while they are read is not in them."""
+    def snapshot(self, name: str, *, offset: int = 0) -> tuple[int, Iterator[bytes]]:
+        """Size and bytes of an object as it is now, from `offset` on; what is appended meanwhile is left out."""
         with _disk(f"read {name}"), _present(name), self._lock:
-            size = self.path(name).stat().st_size
+            end = self.path(name).stat().st_size
 
         def pieces() -> Iterator[bytes]:
-            for offset in range(0, size, _PIECE):
-                yield self.read(name, offset=offset, length=min(_PIECE, size - offset))
+            for start in range(offset, end, _PIECE):
+                yield self.read(name, offset=start, length=min(_PIECE, end - start))
 
-        return size, pieces()
+        return max(0, end - offset), pieces()
 
     def write(self, name: str, data: bytes, *, offset: int) -> None:
         """Write into a growing object of the enclave's (its pool)."""
@@ -158,18 +158,34 @@ class Store:
             finally:
                 os.close(fd)
 
+    def sync(self) -> None:
+        """Have what the enclave wrote for itself (its pools and checkpoints) outlast a power failure."""
+        with _disk("write to disk"):
+            for path in self._own_objects():
+                fd = os.open(path, os.O_RDONLY)
+                try:
+                    os.fsync(fd)
+                finally:
+                    os.close(fd)
+
+    def _own_objects(self) -> Iterator[Path]:
+        for prefix in ("pool", "held-out", "checkpoint"):
+            yield from self.root.glob(f"{prefix}-*")
+
     def put(self, name: str, data: bytes) -> None:
         """Store a whole object: it appears complete or not at all."""
         with self.incoming() as file:
             file.write(data)
             self.publish(file, name)
 
-    def append_line(self, name: str, line: bytes) -> None:
-        """Add a line to a log: all of it, or nothing."""
+    def append_line(self, name: str, line: bytes, *, durable: bool = False) -> None:
+        """Add a line to a log: all of it, or nothing. If `durable`, it outlasts a power failure."""
         with _disk(f"append to {name}"), self._lock, self.path(name).open("ab", buffering=0) as file:
             end = file.seek(0, os.SEEK_END)
             try:
                 _write_all(file.fileno(), line + b"\n", end)
+                if durable:
+                    os.fsync(file.fileno())
             except OSError:
                 file.truncate(end)
                 raise

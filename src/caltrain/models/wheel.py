@@ -5,25 +5,18 @@ wrote it. The code runs inside the enclave, in the same process as keys and reco
 enclave's lock does, as it confines the rest (no files, no network), but not from what the host is sent anyway. The
 checks below keep a mistake from passing unseen, and make sure that what runs is what could be read.
 
-The wheel is neither installed nor written: its modules are imported from memory, under their own names, and are to be
-found only while the wheel's code imports or builds. So two wheels with one package name do not meet. What the code
-imports besides must be installed where it runs: for the enclave that is what is measured.
+The wheel is neither installed nor written: its modules are imported from memory (`models.importer`), under their own
+names. What the code imports besides must be installed where it runs: for the enclave that is what is measured.
 """
 
 from __future__ import annotations
 
-import builtins
 import copy
 import hashlib
 import importlib
-import importlib.util
-import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from importlib.abc import Loader, MetaPathFinder
-from importlib.machinery import ModuleSpec
-from types import CodeType, ModuleType
 from typing import cast
 
 import torch
@@ -32,6 +25,7 @@ from torch import Tensor, nn
 from caltrain.crypto.digests import same, to_text
 from caltrain.errors import ConfigError, IntegrityError
 from caltrain.models.archive import read_sources
+from caltrain.models.importer import MemoryModules
 from caltrain.models.layers import Shape, Stage, refuse
 from caltrain.models.spec import Wheel
 
@@ -62,18 +56,18 @@ def load_wheel(raw: bytes, wheel: Wheel) -> Factory:
     found = to_text(hashlib.sha256(raw).digest())
     if not same(found, wheel.sha256):
         raise _not_it("wheel.other-digest", f"the wheel is {found}, the plan names {wheel.sha256}")
-    archive = _Archive(read_sources(raw))
-    archive.check_names()
+    modules = MemoryModules(read_sources(raw))
+    modules.check_names()
     module, _, name = wheel.factory.partition(":")
-    if module not in archive.paths:
+    if module not in modules.paths:
         raise _refused("wheel.no-factory", f"the wheel has no module {module}")
-    with archive.importable(), _named_errors(f"importing {module}"):
+    with modules.importable(), _named_errors(f"importing {module}"):
         make = getattr(importlib.import_module(module), name, None)
     if not callable(make):
         raise _refused("wheel.no-factory", f"module {module} has no function {name}")
 
     def factory(stage: Stage) -> nn.Module:
-        with archive.importable(), _named_errors(f"making stage {stage.name!r}"):
+        with modules.importable(), _named_errors(f"making stage {stage.name!r}"):
             made: object = make(stage.name)
             fault = _fault(made, stage)
         if fault:
@@ -109,70 +103,6 @@ def check_stage(module: nn.Module, stage: Stage, input_shape: Shape) -> nn.Modul
             "Use nn.Dropout, which is keyed by epoch and step: else split and plain training would differ.",
         )
     return module
-
-
-class _Archive(MetaPathFinder, Loader):
-    """The wheel's modules, importable from memory."""
-
-    def __init__(self, sources: Mapping[str, bytes]) -> None:
-        self.paths: dict[str, str] = {}
-        # As in Python, a package comes before a module of its name; a path that no import can name is left.
-        for path in sorted(sources, key=lambda path: path.endswith("/__init__.py")):
-            parts = path.removesuffix(".py").removesuffix("/__init__").split("/")
-            if all(part.isidentifier() for part in parts):
-                self.paths[".".join(parts)] = path
-        self._sources = sources
-        self._modules: dict[str, ModuleType] = {}
-        self._builtins = {**vars(builtins), "__import__": self._import}
-
-    def check_names(self) -> None:
-        """Raise ConfigError `wheel.name-taken` unless all top-level names are the wheel's alone."""
-        for name in sorted({name.partition(".")[0] for name in self.paths}):
-            known = name in sys.modules or name in sys.stdlib_module_names
-            if known or importlib.util.find_spec(name) is not None:
-                raise _refused(
-                    "wheel.name-taken",
-                    f"the wheel brings {name!r}, which is importable without it",
-                    "Rename the package, or load it where it is not installed: a name must mean one thing.",
-                )
-
-    @contextmanager
-    def importable(self) -> Iterator[None]:
-        """While it lasts, imports find the wheel's modules, each made once. Not for several threads at a time."""
-        if self in sys.meta_path:
-            yield
-            return
-        sys.meta_path.insert(0, self)
-        sys.modules.update(self._modules)
-        try:
-            yield
-        finally:
-            sys.meta_path.remove(self)
-            self._modules = {name: sys.modules.pop(name) for name in self.paths if name in sys.modules}
-
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
-        """Part of the import protocol."""
-        if fullname not in self.paths:
-            return None
-        is_package = self.paths[fullname].endswith("/__init__.py")
-        return ModuleSpec(fullname, self, origin=f"<wheel>/{self.paths[fullname]}", is_package=is_package)
-
-    def exec_module(self, module: ModuleType) -> None:
-        """Part of the import protocol: run the code, with imports of its own."""
-        path = self.paths[module.__name__]
-        code: CodeType = compile(self._sources[path], f"<wheel>/{path}", "exec", dont_inherit=True)
-        module.__dict__["__builtins__"] = self._builtins
-        exec(code, module.__dict__)  # noqa: S102  # this is what an import does
-
-    def _import(self, name: str, *arguments: object, **options: object) -> ModuleType:
-        """The `import` of the wheel's code, whenever it runs; a file that cannot be read becomes an ImportError."""
-        with self.importable():
-            try:
-                return builtins.__import__(name, *arguments, **options)  # type: ignore[arg-type]
-            except OSError as error:
-                raise ImportError(f"{name}: {error.strerror}", name=name) from error
 
 
 @contextmanager

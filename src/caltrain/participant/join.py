@@ -6,13 +6,14 @@
 (4) only then: data key and entropy, sealed
 (5) the manifest has our shards, every party, the attested keys
 (6) no other manifest of this plan was signed: countersign
-(7) wait for the run
+(7) wait for the run, through deaths of host and enclave, keeping the newest head of its chain that we have verified
 (8) open our part, join it, compare digests, keep the chain
 """
 
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
@@ -22,16 +23,18 @@ from caltrain.attestation.evidence import Binding, EvidenceBundle
 from caltrain.attestation.verify import Claims, Policy, match_plan, verify_evidence
 from caltrain.boundary.sealed import PartySecret, ProvisionReceipt, seal_message, transcript_digest
 from caltrain.crypto.dsse import Envelope, open_envelope
-from caltrain.errors import IntegrityError, ProvisioningError
+from caltrain.errors import EnvironmentFault, IntegrityError, ProvisioningError
 from caltrain.host_client import HostClient
+from caltrain.participant.heads import Lookout
 from caltrain.participant.identity import Identity
-from caltrain.participant.journal import refuse_second, remember_manifest
+from caltrain.participant.journal import KeptRun, keep_run, refuse_second, remember_manifest
 from caltrain.participant.receive import receive
 from caltrain.participant.seal import own_shards, shard_path
+from caltrain.participant.waiting import OnStep, wait_through
 from caltrain.plan import ManifestApproval, ManifestShard, Plan, PlanApproval, RunManifest
+from caltrain.provenance.chain import empty_head
 
-OnStep = Callable[[str], None]
-_AFTER_PROVISIONING = {"countersignatures", "shards", "start", "ingest", "train", "release", "link", "linked"}
+_AFTER_PROVISIONING = {"countersignatures", "shards", "start", "ingest", "train", "cut", "release", "link", "linked"}
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,7 @@ class Membership:
 
 def approval_of(plan: Plan, identity: Identity) -> Envelope:
     """The party's first approval. Raises AccessError when the plan does not name it with its key."""
-    _check_named(plan, identity)
+    check_named(plan, identity)
     return identity.signer.sign("plan-approval", PlanApproval(plan=plan.digest(), party=identity.name))
 
 
@@ -89,10 +92,25 @@ def join(
     host.wait_for(_AFTER_PROVISIONING, seconds=seconds)
     manifest = countersign(host, identity, membership, allow_second=allow_second_manifest)
     on_step(f"countersigned the manifest of run {manifest.run}")
-    host.wait_for({"linked"}, seconds=seconds, poll=0.5)
-    receive(host, plan, identity, manifest)
+    _see_through(host, plan, identity, manifest, deadline=time.monotonic() + seconds, on_step=on_step)
     on_step("received and joined the model, kept the head of the chain")
     return manifest
+
+
+def _see_through(
+    host: HostClient, plan: Plan, identity: Identity, manifest: RunManifest, *, deadline: float, on_step: OnStep
+) -> None:
+    """Wait for the run's end and receive the model, as often as the host dies on the way."""
+    lookout = Lookout(host, identity, manifest.run)
+    while True:
+        wait_through(host, {"linked"}, party=identity.name, deadline=deadline, on_status=lookout, on_step=on_step)
+        try:
+            receive(host, plan, identity, manifest)
+        except EnvironmentFault as error:
+            if error.code != "host.unreachable" or time.monotonic() > deadline:
+                raise
+        else:
+            return
 
 
 def provision(
@@ -133,6 +151,8 @@ def countersign(host: HostClient, identity: Identity, membership: Membership, *,
     check_manifest(manifest, identity.name, membership)
     plan = membership.plan.digest()
     remember_manifest(identity.folder, plan=plan, manifest=manifest.digest(), allow_second=allow_second)
+    kept = KeptRun(plan=plan, manifest=manifest.digest(), signing_key=key, head=empty_head(manifest.run))
+    keep_run(identity.folder, manifest.run, kept)
     approval = ManifestApproval(manifest=manifest.digest(), party=identity.name)
     envelope = identity.signer.sign("manifest-approval", approval)
     host.post(f"/v1/parties/{identity.name}/countersignature", envelope, dict[str, Any])
@@ -157,7 +177,8 @@ def check_manifest(manifest: RunManifest, name: str, membership: Membership) -> 
             raise _mismatch(f"{party.name} contributes fewer records than the plan asks for")
 
 
-def _check_named(plan: Plan, identity: Identity) -> None:
+def check_named(plan: Plan, identity: Identity) -> None:
+    """Raise ProvisioningError `plan.other-key`, AccessError `party.unknown` unless the plan names us with our key."""
     if plan.party(identity.name).public_key != identity.signer.public:
         raise ProvisioningError(
             "plan.other-key",

@@ -1,15 +1,19 @@
-"""What a party remembers of its runs, so that no approval serves twice.
+"""What a party remembers of its runs, so that no approval serves twice and no run is turned back unseen.
 
-One file, `journal.json`: for each plan digest the manifest that was countersigned. It is written before the
-signature leaves, so a crash can only make the party refuse too much.
+`journal.json`: for each plan digest the manifest that was countersigned. It is written before the signature leaves,
+so a crash can only make the party refuse too much. `heads.json`: for each run the newest head of its chain that the
+party has verified; see `heads`.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated
 
 import msgspec
 
+from caltrain.crypto.digests import Digest
+from caltrain.crypto.dsse import PublicKey
 from caltrain.errors import UNDECODABLE, ConfigError, ProvisioningError
 from caltrain.participant.files import alone, write_whole
 
@@ -60,3 +64,45 @@ def _second(what: str, *, step: str) -> ProvisioningError:
         step=step,
         fix="Refuse: somebody runs your plan a second time. If the parties agreed to that, allow it explicitly.",
     )
+
+
+class KeptRun(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What a party keeps of a run that it countersigned: whose it is, and how much of its chain it has verified."""
+
+    plan: Digest
+    manifest: Digest
+    signing_key: PublicKey
+    head: Digest
+    events: Annotated[int, msgspec.Meta(ge=0)] = 0
+
+
+def keep_run(folder: Path, run: str, kept: KeptRun) -> None:
+    """Note a run, or the newest head of its chain; on return the note is on the disk.
+
+    Of two notes the one with more events stays, so that processes of one party do not undo each other's.
+    """
+    path = folder / "heads.json"
+    with alone(folder):
+        runs = _read_runs(path)
+        before = runs.get(run)
+        if before is None or before.events < kept.events:
+            write_whole(path, msgspec.json.encode(runs | {run: kept}))
+
+
+def kept_run(folder: Path, run: str) -> KeptRun | None:
+    """What was kept of that run. Raises ConfigError `journal.heads-unreadable`."""
+    return _read_runs(folder / "heads.json").get(run)
+
+
+def _read_runs(path: Path) -> dict[str, KeptRun]:
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=dict[str, KeptRun])
+    except FileNotFoundError:
+        return {}
+    except (OSError, *UNDECODABLE) as error:
+        raise ConfigError(
+            "journal.heads-unreadable",
+            f"{path} is damaged: {error}",
+            step="read journal",
+            fix="Restore it from a copy.",
+        ) from None

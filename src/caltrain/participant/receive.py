@@ -16,6 +16,7 @@ from caltrain.errors import UNDECODABLE, EnvironmentFault, IntegrityError
 from caltrain.host_client import HostClient
 from caltrain.participant.files import write_whole
 from caltrain.participant.identity import Identity
+from caltrain.participant.journal import kept_run
 from caltrain.plan import Plan, RunManifest
 from caltrain.provenance.chain import MAX_EVENTS, verify_chain
 from caltrain.provenance.statements import LinkedModel, ModelStatement
@@ -69,7 +70,8 @@ def receive(host: HostClient, plan: Plan, identity: Identity, manifest: RunManif
     if suspicion.model != part.model:
         raise _mismatch("the suspicion report is of another model")
     chain = read_chain(host.artifact("chain.jsonl", limit=MAX_CHAIN_BYTES))
-    events = verify_chain(chain, run=manifest.run, signing_key=key)
+    kept = kept_run(identity.folder, manifest.run)
+    events = verify_chain(chain, run=manifest.run, signing_key=key, head=kept.head if kept else None)
     if not any(event.kind == "link" and event.body.get("model") == part.model for event in events):
         raise _mismatch("the chain does not reach the link of this model")
     record = RunRecord(

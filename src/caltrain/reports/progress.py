@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -11,14 +12,16 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRe
 from caltrain.errors import EnvironmentFault, from_wire
 from caltrain.host_client import HostClient, RunStatus
 from caltrain.reports.terminal import plain
+from caltrain.reports.tracking import Follower, Sink
 
-_POLL = 0.2
+_POLL, _READ_LOG = 0.2, 1.0
 _MAX_TEXT = 60
+OnStatus = Callable[[RunStatus], None]
 
 
-def watch(host: HostClient, *, seconds: float, console: Console) -> RunStatus:
-    """Show progress until the run is linked. Raises the run's error, or `host.too-slow`."""
-    deadline = time.monotonic() + seconds
+def watch(host: HostClient, *, seconds: float, console: Console, sinks: Sequence[Sink] = (), on_status: OnStatus = lambda _: None) -> RunStatus:
+    """Show progress until the run is linked; its log goes to `sinks`, each status to `on_status`. Raises the run's error, or `host.too-slow`."""
+    deadline, follower, next_read = time.monotonic() + seconds, Follower(host, sinks), 0.0
     with _bar(console) as bar:
         task = bar.add_task("", total=None, figures="")
         while True:
@@ -26,6 +29,10 @@ def watch(host: HostClient, *, seconds: float, console: Console) -> RunStatus:
             if status.error is not None:
                 raise from_wire(status.error)
             bar.update(task, **line(status))
+            on_status(status)
+            if status.phase == "linked" or time.monotonic() >= next_read:
+                follower.follow()
+                next_read = time.monotonic() + _READ_LOG
             if status.phase == "linked":
                 return status
             if time.monotonic() > deadline:
@@ -75,8 +82,9 @@ def line(status: RunStatus) -> dict[str, Any]:
 def training_figures(status: RunStatus) -> str:
     """Loss and speed, as far as they are known."""
     loss = "" if status.loss is None else f"loss {status.loss:.4f}"
+    held = "" if status.held_out is None else f"held-out {status.held_out.top1:.1%}"
     speed = "" if status.images_per_second is None else f"{status.images_per_second:,.0f} images/s"
-    return ", ".join(part for part in (loss, speed) if part)
+    return ", ".join(part for part in (loss, held, speed) if part)
 
 
 def _short(text: str) -> str:

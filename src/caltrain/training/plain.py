@@ -7,6 +7,8 @@ manifest's order, it must end with the same weights, bit for bit, on the CPU wit
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import closing
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -21,6 +23,7 @@ from caltrain.records.schema import DataSchema
 from caltrain.training.batches import augment, normalise
 from caltrain.training.initial import check_given, freeze, frozen_layers, start_from
 from caltrain.training.optimiser import Descent
+from caltrain.training.prefetch import Prefetch
 from caltrain.training.seeds import Draws, RunSeeds, epoch_order, initialise
 from caltrain.training.spec import TrainingSpec
 
@@ -69,18 +72,36 @@ def train_plain(
         order = order[epoch_order(len(labels), seed=seeds.order, epoch=epoch)]
         front = (cuts or {}).get(epoch, partition.front_at(epoch))
         parts = _parts(model, spec, partition.at(front), seeds)
-        for step in range(steps):
-            batch = order[step * training.batch : (step + 1) * training.batch]
-            x = augment(pixels[batch], training.augment, Draws(seeds.augment, epoch, step), size=spec.size)
-            for part in parts:
-                set_draws(part.module, Draws(part.seed, epoch, step))
-            loss = F.cross_entropy(model(normalise(x, schema, channels_last=training.channels_last)), labels[batch])
-            descent.clear()
-            loss.backward()  # type: ignore[no-untyped-call]
-            descent.step(epoch, step, steps, parts=[part.module for part in parts])
-            on_step(epoch, step, loss.item())
+        make = partial(_batch, spec, schema, training, pixels=pixels, labels=labels, seed=seeds.augment, epoch=epoch)
+        batches = (make(order, step) for step in range(steps))
+        with closing(Prefetch(batches)) as ready:
+            for step, (x, y) in enumerate(ready):
+                for part in parts:
+                    set_draws(part.module, Draws(part.seed, epoch, step))
+                loss = F.cross_entropy(model(x), y)
+                descent.clear()
+                loss.backward()  # type: ignore[no-untyped-call]
+                descent.step(epoch, step, steps, parts=[part.module for part in parts])
+                on_step(epoch, step, loss.item())
     model.eval()
     return model
+
+
+def _batch(
+    spec: ModelSpec,
+    schema: DataSchema,
+    training: TrainingSpec,
+    order: Tensor,
+    step: int,
+    *,
+    pixels: Tensor,
+    labels: Tensor,
+    seed: bytes,
+    epoch: int,
+) -> tuple[Tensor, Tensor]:
+    rows = order[step * training.batch : (step + 1) * training.batch]
+    x = augment(pixels[rows], training.augment, Draws(seed, epoch, step), size=spec.size)
+    return normalise(x, schema, channels_last=training.channels_last), labels[rows]
 
 
 def _parts(model: Network, spec: ModelSpec, partition: Partition, seeds: RunSeeds) -> list[Part]:

@@ -41,8 +41,11 @@ REQUESTS: list[m.Message] = [
     m.MakeManifest(),
     m.Countersign("alpha", ENVELOPE),
     m.Ingest((SHARD,)),
-    m.TrainEpoch(3),
-    m.Release(1000),
+    m.Train(3, 4),
+    m.MoveCut(2, {"alpha": ENVELOPE}),
+    m.Resume(b"{}", "checkpoint-1"),
+    m.Rejoin("alpha", ENVELOPE),
+    m.Release(),
     m.Link(),
     m.Query("user", ENVELOPE),
     m.RecordDisclosure("alpha", ENVELOPE),
@@ -51,12 +54,14 @@ REQUESTS: list[m.Message] = [
 REPLIES: list[m.Message] = [
     m.Ready("sha384:" + "0" * 96, simulated=True, sandbox={"seccomp": "on"}),
     m.Done(events=(ENVELOPE,), bundle=BUNDLE, signed=ENVELOPE, sealed={"a": b"x"}, ignored=(SHARD,), loss=0.5),
-    m.Failed({"code": "a.b"}, fatal=True),
+    m.Done(held_out=m.Measured(9, 0.5, 0.75, 1.0), state="ready", at=(1, 2), front=3, center_seed=bytes(32)),
+    m.Failed({"code": "a.b"}, fatal=True, events=(ENVELOPE,)),
 ]
 CALLS: list[m.Message] = [
     m.Read("pool-0", 7, m.MAX_CHUNK),
     m.Write("shards/alpha/x.y", 7, b"abc"),
-    m.CommitCenter(2),
+    m.CommitCenter(2, 3, durable=True),
+    m.ShowCenter(2, 3),
     m.Progress("train", 1, 2, loss=0.25),
 ]
 ANSWERS: list[m.Message] = [m.Data(b"abc"), m.CallFailed({"code": "storage.full"})]
@@ -65,6 +70,7 @@ DECODERS: dict[str, tuple[Decoder[Any], list[m.Message]]] = {
     "requests": (m.REQUESTS, REQUESTS),
     "replies": (m.REPLIES, REPLIES),
     "replies and calls": (m.REPLIES_AND_CALLS, REPLIES + CALLS),
+    "storage calls": (m.STORAGE_CALLS, CALLS[:2]),
     "answers": (m.ANSWERS, ANSWERS),
 }
 
@@ -113,10 +119,17 @@ def test_a_message_is_taken_where_it_belongs_and_nowhere_else(direction: str, me
         {"t": "attest", "purpose": "training", "nonce": NONCE[:-1]},
         {"t": "attest", "purpose": "training", "nonce": NONCE + "\n"},
         {"t": "ingest", "stored": [{"t": "stored-shard", "party": "alpha", "shard": "AB" * 16}]},
-        {"t": "train-epoch", "epoch": -1},
-        {"t": "train-epoch", "epoch": 1.5},
-        {"t": "release", "center_bytes": 0},
-        {"t": "release", "center_bytes": (1 << 34) + 1},
+        {"t": "train", "epoch": -1},
+        {"t": "train", "epoch": 1.5},
+        {"t": "train", "epoch": 0, "step": -1},
+        {"t": "move-cut", "front": -1},
+        {"t": "move-cut", "front": 1 << 20},
+        {"t": "move-cut", "front": 1, "approvals": {f"p{i}": msgspec.to_builtins(ENVELOPE) for i in range(257)}},
+        {"t": "resume", "plan": bytes((1 << 20) + 1), "checkpoint": "checkpoint-0"},
+        {"t": "resume", "plan": b"", "checkpoint": "/etc/passwd"},
+        {"t": "resume", "plan": b"", "checkpoint": "checkpoint-0\n"},
+        {"t": "rejoin", "party": "../alpha", "envelope": msgspec.to_builtins(ENVELOPE)},
+        {"t": "release", "center_bytes": 1000},
     ],
     ids=lambda fields: " ".join(map(str, fields.values()))[:40],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import struct
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from torch import Tensor
 from caltrain.boundary.channel import Channel
 from caltrain.boundary.messages import ANSWERS
 from caltrain.boundary.ring import SLOTS, Ring, Side, create_ring_memory
-from caltrain.boundary.tensors import TensorHead
+from caltrain.boundary.tensors import Layout, TensorHead
 from caltrain.errors import EnvironmentFault, ProtocolError
 from support.ends import ends, hear, rings, sockets, tensor_frame
 
@@ -23,13 +24,14 @@ SLOT = 64
 
 
 def receive(channel: Channel, *, step: int = 0) -> Tensor:
-    got = channel.receive_tensor(role="ir", run=RUN, epoch=0, step=step, or_message=ANSWERS)
-    assert isinstance(got, Tensor)
-    return got
+    got = channel.receive_tensors(role="ir", run=RUN, epoch=0, step=step, or_message=ANSWERS)
+    assert isinstance(got, tuple)
+    (tensor,) = got
+    return tensor
 
 
 def send(channel: Channel, tensor: Tensor, *, step: int = 0) -> None:
-    channel.send_tensor(tensor, role="ir", run=RUN, epoch=0, step=step)
+    channel.send_tensors([tensor], role="ir", run=RUN, epoch=0, step=step)
 
 
 # --- the memory ------------------------------------------------------------------------------------------------
@@ -121,12 +123,23 @@ def test_a_ring_without_room_is_refused(slot_bytes: int) -> None:
 def test_every_slot_of_both_sides_is_a_place_of_its_own() -> None:
     with rings(SLOT) as (host, enclave):
         for mark in range(SLOTS):
-            assert host.put(memoryview(bytes([mark]) * SLOT)) == mark
-            assert enclave.put(memoryview(bytes([100 + mark]) * SLOT)) == mark
+            assert host.put([memoryview(bytes([mark]) * SLOT)]) == mark
+            assert enclave.put([memoryview(bytes([100 + mark]) * SLOT)]) == mark
         for mark in range(SLOTS):
             assert bytes(enclave.view(mark, SLOT)) == bytes([mark]) * SLOT
             assert bytes(host.view(mark, SLOT)) == bytes([100 + mark]) * SLOT
-        assert host.put(memoryview(b"x")) == 0, "the slots take turns"
+        assert host.put([memoryview(b"x")]) == 0, "the slots take turns"
+
+
+def test_parts_lie_one_after_the_other_and_what_was_there_before_stays_behind_them() -> None:
+    with rings(SLOT) as (host, enclave):
+        for mark in b"\xee\xee":
+            host.put([memoryview(bytes([mark]) * SLOT)])
+        assert host.put([memoryview(b"abc"), memoryview(b""), memoryview(b"de")]) == 0
+        assert bytes(enclave.view(0, SLOT)) == b"abcde" + b"\xee" * (SLOT - 5)
+        assert bytes(enclave.view(1, SLOT)) == b"\xee" * SLOT
+        assert host.put([]) == 1, "nothing takes its turn too"
+        assert bytes(enclave.view(1, SLOT)) == b"\xee" * SLOT
 
 
 @pytest.mark.parametrize("length", [0, 1, SLOT])
@@ -161,7 +174,33 @@ def test_a_tensor_larger_than_a_slot_goes_inline_and_leaves_the_ring_alone() -> 
         send(Channel(near, host_ring), sent)
         assert torch.equal(receive(Channel(far, enclave_ring)), sent)
         assert bytes(enclave_ring.view(0, SLOT)) + bytes(enclave_ring.view(1, SLOT)) == bytes(2 * SLOT)
-        assert host_ring.put(memoryview(b"")) == 0
+        assert host_ring.put([memoryview(b"")]) == 0
+
+
+@pytest.mark.parametrize("sizes", [(4, 4, 8), (15, 1), (1,) * 16])
+def test_tensors_that_fit_together_share_a_slot(sizes: tuple[int, ...]) -> None:
+    sent = [torch.full((size,), float(i)) for i, size in enumerate(sizes)]
+    with sockets() as (wire, far), rings(SLOT) as (host_ring, enclave_ring):
+        Channel(far, host_ring).send_tensors(sent, role="ir", run=RUN, epoch=0, step=0)
+        stream = wire.recv(1 << 16)
+        assert struct.unpack_from("<I", stream)[0] == len(stream) - 4
+        assert b"".join(x.numpy().tobytes() for x in sent) not in stream
+        far.sendall(stream)
+        got = Channel(wire, enclave_ring).receive_tensors(role="ir", run=RUN, epoch=0, step=0, or_message=ANSWERS)
+        assert isinstance(got, tuple)
+        assert len(got) == len(sent)
+        assert all(torch.equal(a, b) for a, b in zip(got, sent, strict=True))
+        assert host_ring.put([]) == 1, "one slot was taken for all of them"
+
+
+def test_tensors_that_fit_alone_but_not_together_go_inline() -> None:
+    sent = [torch.ones(SLOT // 4), torch.zeros(1)]
+    with sockets() as (near, far), rings(SLOT) as (host_ring, enclave_ring):
+        Channel(near, host_ring).send_tensors(sent, role="ir", run=RUN, epoch=0, step=0)
+        got = Channel(far, enclave_ring).receive_tensors(role="ir", run=RUN, epoch=0, step=0, or_message=ANSWERS)
+        assert isinstance(got, tuple)
+        assert all(torch.equal(a, b) for a, b in zip(got, sent, strict=True))
+        assert host_ring.put([]) == 0
 
 
 def test_both_directions_and_both_slots_carry_tensors_at_once() -> None:
@@ -180,21 +219,25 @@ def test_memory_changed_after_the_copy_does_not_change_the_received_tensor() -> 
         got = receive(Channel(far, enclave_ring))
         seen = enclave_ring.view(0, 16)
         for _ in range(SLOTS):
-            host_ring.put(memoryview(torch.full((4,), float("nan")).numpy().tobytes()))
+            host_ring.put([memoryview(torch.full((4,), float("nan")).numpy().tobytes())])
         assert bytes(seen) != torch.ones(4).numpy().tobytes(), "the memory is shared: the attack took place"
         assert torch.equal(got, torch.ones(4))
 
 
 def in_slot(elements: int) -> TensorHead:
-    return TensorHead("ir", RUN, 0, 0, "f32", (elements,), (1,), slot=0)
+    return TensorHead("ir", RUN, 0, 0, (Layout("f32", (elements,), (1,)),), slot=0)
+
+
+def together(*elements: int) -> TensorHead:
+    return TensorHead("ir", RUN, 0, 0, tuple(Layout("f32", (size,), (1,)) for size in elements), slot=0)
 
 
 def test_a_head_that_names_a_slot_brings_what_lies_in_it() -> None:
     with rings(SLOT) as (host_ring, enclave_ring):
-        host_ring.put(memoryview(torch.arange(4.0).numpy().tobytes()))
+        host_ring.put([memoryview(torch.arange(4.0).numpy().tobytes())])
         got = hear(tensor_frame(in_slot(4), b""), ANSWERS, ring=enclave_ring)
     assert isinstance(got, tuple)
-    assert torch.equal(got[1], torch.arange(4.0))
+    assert torch.equal(got[1][0], torch.arange(4.0))
 
 
 @pytest.mark.parametrize(
@@ -204,6 +247,9 @@ def test_a_head_that_names_a_slot_brings_what_lies_in_it() -> None:
         (in_slot(1 << 40), b"", "ring.out-of-range"),
         (in_slot(0), b"", "tensor.malformed"),
         (in_slot(1), b"more", "tensor.malformed"),
+        (together(1, SLOT // 4), b"", "ring.out-of-range"),
+        (together(1 << 40, 1 << 40), b"", "ring.out-of-range"),
+        (together(4, 0), b"", "tensor.malformed"),
     ],
 )
 def test_a_head_that_names_a_slot_and_does_not_fit_it_is_refused(head: TensorHead, inline: bytes, code: str) -> None:

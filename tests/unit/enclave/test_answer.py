@@ -289,7 +289,7 @@ def test_a_trace_says_of_which_input_run_model_and_user_it_is() -> None:
             head=before.digest(),
             predicted=given.predicted[index],
             neighbours=(),
-            center_audited=False,
+            audit_rate=0.0,
             simulated=True,
         )
     assert given.scores == ()

@@ -337,7 +337,7 @@ def test_records_that_do_not_fill_one_batch_make_no_manifest() -> None:
 
 
 def test_records_that_fill_exactly_one_batch_do() -> None:
-    assert World(change=lambda plan: with_batch(plan, 27)).run_to(State.TRAINED).run.epoch == 2
+    assert World(change=lambda plan: with_batch(plan, 27)).run_to(State.TRAINED).course.epoch == 2
 
 
 def with_batch(plan: Plan, batch: int) -> Plan:
@@ -427,8 +427,27 @@ def test_one_party_signing_often_does_not_stand_for_the_others() -> None:
     for _ in range(len(PARTIES) + 1):
         world.done(m.Countersign("alpha", envelope))
     assert world.run.state is State.AGREEING
-    assert world.run.seed == b""
+    assert not world.host.storage  # no checkpoint: the run has not begun
     assert [event.kind for event in world.chain()].count("countersignature") == 1
+
+
+def test_a_host_that_does_not_store_the_first_checkpoint_leaves_the_last_signature_out() -> None:
+    world = World().run_to(State.AGREEING)
+    requests = [m.Countersign(p.name, p.countersign(world.manifest)) for p in world.parties.values()]
+    for request in requests[:-1]:
+        world.done(request)
+    honest, world.host.on_write = world.host.on_write, lambda _call: m.CallFailed(FULL)
+    head = world.run.chain.head
+    reply = world.send(requests[-1])
+    assert isinstance(reply, m.Failed)
+    assert (reply.error["code"], reply.fatal) == ("storage.full", False)
+    assert world.run.state is State.AGREEING
+    assert (world.run.chain.head, len(world.run.countersigned)) == (head, len(PARTIES) - 1)
+    world.host.on_write = honest
+    world.done(requests[-1])
+    assert [event.kind for event in world.chain()][-2:] == ["countersignature", "checkpoint"]
+    world.take_up()
+    assert world.run.state is State.AGREED
 
 
 def test_the_run_seed_is_of_the_enclave_and_of_every_party() -> None:

@@ -30,8 +30,11 @@ SAMPLES: dict[type, m.Request] = {
     m.MakeManifest: m.MakeManifest(),
     m.Countersign: m.Countersign("alpha", ENVELOPE),
     m.Ingest: m.Ingest(()),
-    m.TrainEpoch: m.TrainEpoch(0),
-    m.Release: m.Release(1),
+    m.Train: m.Train(0),
+    m.MoveCut: m.MoveCut(3),
+    m.Resume: m.Resume(b"{}", "checkpoint-0"),
+    m.Rejoin: m.Rejoin("alpha", ENVELOPE),
+    m.Release: m.Release(),
     m.Link: m.Link(),
     m.Query: m.Query("una", ENVELOPE),
     m.RecordDisclosure: m.RecordDisclosure("alpha", ENVELOPE),
@@ -39,12 +42,16 @@ SAMPLES: dict[type, m.Request] = {
 # Written down a second time on purpose: a pair that slips into the table must fail here.
 ACCEPTED: dict[tuple[State, type], set[State]] = {
     (State.NEW, m.Configure): {State.ENROLLING},
+    (State.NEW, m.Resume): {State.RESUMING},
+    (State.RESUMING, m.Attest): {State.RESUMING},
+    (State.RESUMING, m.Rejoin): {State.RESUMING, State.AGREED, State.READY, State.TRAINED},
     (State.ENROLLING, m.Attest): {State.ENROLLING},
     (State.ENROLLING, m.Provision): {State.ENROLLING},
     (State.ENROLLING, m.MakeManifest): {State.AGREEING},
     (State.AGREEING, m.Countersign): {State.AGREEING, State.AGREED},
     (State.AGREED, m.Ingest): {State.READY},
-    (State.READY, m.TrainEpoch): {State.READY, State.TRAINED},
+    (State.READY, m.Train): {State.READY, State.TRAINED},
+    (State.READY, m.MoveCut): {State.READY},
     (State.TRAINED, m.Release): {State.RELEASED},
     (State.RELEASED, m.Link): {State.LINKED},
     (State.LINKED, m.Attest): {State.LINKED},
@@ -57,6 +64,11 @@ def world_in(state: State) -> World:
     if state is State.STOPPED:
         world = World()
         world.done(m.Stop())
+        return world
+    if state is State.RESUMING:
+        world = World(epochs=1).run_to(State.READY)
+        world.restart()
+        world.done(world.resume())
         return world
     return World(epochs=1).run_to(state)
 
@@ -99,8 +111,9 @@ def test_the_chain_of_a_whole_run_verifies_and_names_every_step(head: int) -> No
     events = world.chain()
     many = len(PARTIES)
     assert [event.kind for event in events] == [
-        *("plan", *["approval"] * many, *["provision"] * many, "manifest", *["countersignature"] * many, "ingest"),
-        *("checkpoint", "epoch", "checkpoint", "epoch", "release", "link", "query", "disclosure"),
+        *("plan", *["approval"] * many, *["provision"] * many, "manifest", *["countersignature"] * many),
+        *("checkpoint", "ingest", "checkpoint", "epoch", "checkpoint", "epoch", "checkpoint"),
+        *("release", "link", "query", "disclosure"),
     ]
     assert events[-1].digest() == world.run.chain.head
     bodies = {event.kind: event.body for event in events}
@@ -147,7 +160,7 @@ def test_the_hosts_choice_of_an_error_code_does_not_keep_a_failed_run_alive() ->
     world = World().run_to(State.READY)
     words = ProtocolError("session.not-now", "try again", step="center", fix="Try again.").diagnostics()
     world.host.on_tensor = lambda _head, _tensor, channel: channel.send(m.CallFailed(words))
-    world.refused(m.TrainEpoch(0), "session.not-now", fatal=True)
+    world.refused(m.Train(0), "session.not-now", fatal=True)
 
 
 def test_a_full_chain_is_an_answer_not_the_end_of_the_enclave(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,7 +176,10 @@ def test_a_full_chain_is_an_answer_not_the_end_of_the_enclave(monkeypatch: pytes
 def test_a_chain_that_fills_up_within_the_run_stops_it(monkeypatch: pytest.MonkeyPatch) -> None:
     world = World().run_to(State.RELEASED)
     monkeypatch.setattr(chain, "MAX_EVENTS", len(world.events))
-    world.refused(m.Link(), "chain.full", fatal=True)
+    reply = world.send(m.Link())
+    assert isinstance(reply, m.Failed)
+    assert (reply.error["code"], reply.fatal, reply.events) == ("chain.full", True, ())  # no room for the reason
+    assert world.run.state is State.STOPPED
 
 
 def test_a_field_that_the_run_does_not_have_yet_is_a_named_error() -> None:
@@ -240,6 +256,6 @@ def test_the_end_of_the_stream_ends_the_enclave() -> None:
 def test_handle_itself_raises_nothing_of_ours() -> None:
     world = World().run_to(State.READY)
     world.host.on_tensor = lambda *_: world.host.end.close()
-    reply = handle(world.run, m.TrainEpoch(0))
+    reply = handle(world.run, m.Train(0))
     assert isinstance(reply, m.Failed)
     assert (reply.error["code"], reply.fatal) == ("door.closed", True)

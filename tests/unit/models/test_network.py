@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
+import weakref
+from collections import OrderedDict
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from caltrain.models.network import (
-    KeyedDropout,
-    build,
-    features_and_logits,
-    lay_out,
-    set_draws,
-    zone_of,
-    zone_ranges,
-)
-from caltrain.models.spec import (
+from caltrain.errors import ConfigError
+from caltrain.models.blocks import KeyedDropout
+from caltrain.models.layers import (
     AvgPool,
     Conv,
     Dropout,
@@ -25,11 +21,16 @@ from caltrain.models.spec import (
     Layer,
     Linear,
     MaxPool,
-    ModelSpec,
-    Partition,
-    layer_shapes,
+    Patches,
+    Route,
+    Shortcut,
+    Stage,
+    Transformer,
 )
+from caltrain.models.network import Network, build, features_and_logits, lay_out, set_draws, zone_of
+from caltrain.models.spec import ModelSpec, Partition, layer_shapes, live_at, zone_ranges
 from caltrain.training.seeds import Draws, initialise
+from support.samples import refused
 
 SHAPE = (3, 9, 11)
 LAYERS: tuple[Layer, ...] = (
@@ -44,27 +45,114 @@ LAYERS: tuple[Layer, ...] = (
 )
 SPEC = ModelSpec(layers=LAYERS)
 POOLED = ModelSpec(layers=(Conv(filters=5, kernel=1, padding=0, activation="none"), AvgPool(), Linear(units=2)))
+RESIDUAL = ModelSpec(
+    layers=(
+        Conv(filters=4),
+        Conv(filters=4, activation="none"),
+        Shortcut(source=0, activation="relu"),
+        Conv(filters=6, stride=2),
+        Route(sources=(2,)),
+        Conv(filters=6, kernel=1, padding=0, stride=2),
+        Shortcut(source=3),
+        Route(sources=(6, 3, 6)),
+        AvgPool(),
+        Linear(units=3),
+    ),
+    size=(8, 8),
+)
+VIT = ModelSpec(layers=(Patches(size=4, width=8), Transformer(heads=2, p=0.2), AvgPool(), Linear(units=3)), size=(8, 8))
 DRAWS = Draws(bytes(32), 1, 2)
 
 
-def images(n: int = 4) -> Tensor:
-    return torch.randn((n, *SHAPE), generator=torch.Generator().manual_seed(0))
+def images(n: int = 4, size: tuple[int, int] | None = None) -> Tensor:
+    return torch.randn((n, 3, *(size or SHAPE[1:])), generator=torch.Generator().manual_seed(0))
 
 
-def model_of(spec: ModelSpec) -> nn.Sequential:
+def model_of(spec: ModelSpec) -> Network:
     model = build(spec, input_shape=SHAPE)
     initialise(model, bytes(32))
     return model.eval()
 
 
-@pytest.mark.parametrize("spec", [SPEC, POOLED])
+@pytest.mark.parametrize("spec", [SPEC, POOLED, RESIDUAL, VIT], ids=["chain", "pooled", "residual", "vit"])
 def test_every_layer_gives_the_shape_that_was_announced(spec: ModelSpec) -> None:
-    shapes = layer_shapes(spec, SHAPE)
-    x = images()
-    for index, block in enumerate(model_of(spec).children()):
-        assert x.shape[1:] == shapes[index]
-        x = block(x)
-    assert x.shape[1:] == shapes[-1]
+    shapes, x = layer_shapes(spec, SHAPE), images(size=spec.size)
+    assert x.shape[1:] == shapes[0]
+    whole = model_of(spec)
+    for stop in range(1, len(spec.layers) + 1):
+        live, _ = zone_of(whole, spec, range(stop)).through((x,))
+        assert [t.shape[1:] for t in live] == [shapes[number + 1] for number in live_at(spec.layers, stop)]
+    assert whole(x).shape[1:] == shapes[-1]
+
+
+def test_a_graph_is_what_it_says() -> None:
+    net: dict[str, Any] = dict(model_of(RESIDUAL).named_children())
+    x = images(size=(8, 8))
+    zero = net["0"](x)
+    two = torch.relu(net["1"](zero) + zero)
+    three = net["3"](two)
+    six = net["5"](two) + three
+    seven = torch.cat([six, three, six], 1)
+    expected = net["9"](seven.mean((2, 3)))
+    assert torch.allclose(model_of(RESIDUAL)(x), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("spec", [SPEC, RESIDUAL, VIT], ids=["chain", "residual", "vit"])
+def test_any_two_cuts_compose_to_the_whole(spec: ModelSpec) -> None:
+    whole, x, total = model_of(spec), images(size=spec.size), len(spec.layers)
+    expected = whole(x)
+    for first in range(total):
+        for second in range(first, total):
+            live: tuple[Tensor, ...] = (x,)
+            for part in (range(first), range(first, second), range(second, total)):
+                live, _ = zone_of(whole, spec, part).through(live)
+            assert torch.equal(live[0], expected), (first, second)
+
+
+def test_what_no_layer_reads_any_more_is_let_go() -> None:
+    """Else memory would hold every activation of an inference."""
+
+    class Watched(nn.Module):
+        def __init__(self, inner: nn.Module, number: int) -> None:
+            super().__init__()
+            self.inner, self.number = inner, number
+
+        def forward(self, *inputs: Tensor) -> Tensor:
+            alive.append({number for number, ref in outputs.items() if ref() is not None})
+            out = self.inner(*inputs)
+            outputs[self.number] = weakref.ref(out)
+            return out  # type: ignore[no-any-return]
+
+    outputs: dict[int, weakref.ref[Tensor]] = {}
+    alive: list[set[int]] = []
+    spec = ModelSpec(layers=tuple(layer for layer in RESIDUAL.layers[:4]))
+    inner = model_of(RESIDUAL)
+    watched = OrderedDict((name, Watched(child, int(name))) for name, child in list(inner.named_children())[:4])
+    with torch.inference_mode():
+        Network(watched, spec.layers, range(4)).through((images(size=(8, 8)),))  # type: ignore[arg-type]
+    assert alive == [set(), {0}, {0, 1}, {2}]
+
+
+def test_a_wrong_number_of_tensors_is_no_cut() -> None:
+    part = zone_of(model_of(RESIDUAL), RESIDUAL, range(2, 10))
+    with pytest.raises(ValueError, match=r"zip\(\)"):
+        part.through((images(size=(8, 8)),))
+
+
+def test_a_stage_needs_its_wheel_and_then_is_what_the_wheel_makes() -> None:
+    spec = ModelSpec(layers=(Stage(name="half", shape=(3, 4, 4), weights=0), Flatten(), Linear(units=3)))
+    with refused(ConfigError, "model.no-wheel"):
+        build(spec, input_shape=(3, 8, 8))
+    assert len(build(spec, input_shape=(3, 8, 8), layers=range(1, 3))) == 2
+
+    def factory(stage: Stage) -> nn.Module:
+        assert stage.name == "half"
+        return nn.AvgPool2d(2)
+
+    model = build(spec, input_shape=(3, 8, 8), factory=factory)
+    x = images(size=(8, 8))
+    linear: Any = model[2]
+    assert torch.allclose(model(x), linear(F.avg_pool2d(x, 2).flatten(1)))
 
 
 def test_a_layer_is_what_the_spec_says() -> None:
@@ -79,7 +167,9 @@ def test_a_layer_is_what_the_spec_says() -> None:
     assert isinstance(children["0"].act, nn.ReLU)
     assert children["2"].act(torch.tensor(-1.0)).item() == pytest.approx(-0.1)
     assert isinstance(children["7"].act, nn.Identity)
-    assert (children["3"].kernel_size, children["3"].stride) == (3, 2)
+    assert (children["3"].kernel, children["3"].stride) == (3, 2)
+    assert children["0"].conv.bias is None
+    assert children["2"].conv.bias is not None
     assert (children["1"].p, children["1"].layer, children["6"].p, children["6"].layer) == (0.5, 1, 0.25, 6)
 
 
@@ -99,7 +189,7 @@ def test_the_zones_have_the_names_and_shapes_of_the_whole(front: int, head: int)
 
 def test_a_zone_of_a_whole_shares_its_parameters_and_its_modules_names() -> None:
     whole = build(SPEC, input_shape=SHAPE)
-    zone = zone_of(whole, range(2, 6))
+    zone = zone_of(whole, SPEC, range(2, 6))
     assert list(dict(zone.named_children())) == ["2", "3", "4", "5"]
     for name, parameter in zone.named_parameters():
         assert parameter is dict(whole.named_parameters())[name]
@@ -122,70 +212,34 @@ def test_parameters_of_images_get_the_runs_layout_and_keep_their_values(channels
     )
 
 
-# --- dropout ---------------------------------------------------------------------------------------------------
-
-
-def dropped(draws: Draws | None, *, layer: int = 3, p: float = 0.3, training: bool = True) -> Tensor:
-    module = KeyedDropout(p, layer).train(training)
-    module.draws = draws
-    return module(torch.full((100, 50), 2.0))  # type: ignore[no-any-return]
-
-
-def test_dropout_drops_its_share_and_scales_up_the_rest() -> None:
-    out = dropped(DRAWS)
-    kept = out != 0
-    assert float(kept.float().mean()) == pytest.approx(0.7, abs=0.03)
-    assert torch.equal(out[kept], torch.full_like(out[kept], 2.0) / 0.7)
-
-
-def test_a_mask_is_that_of_its_seed_epoch_step_and_layer() -> None:
-    masks = [
-        dropped(DRAWS),
-        dropped(Draws(b"\1" * 32, 1, 2)),
-        dropped(Draws(bytes(32), 0, 2)),
-        dropped(Draws(bytes(32), 1, 3)),
-        dropped(DRAWS, layer=4),
-    ]
-    assert torch.equal(dropped(DRAWS), masks[0])
-    for other in masks[1:]:
-        assert not torch.equal(other, masks[0])
-
-
-def test_dropout_lets_all_through_outside_training_and_before_it_has_a_key() -> None:
-    everything = torch.full((100, 50), 2.0)
-    assert torch.equal(dropped(DRAWS, training=False), everything)
-    assert torch.equal(dropped(None), everything)
-    assert torch.equal(dropped(DRAWS, p=0.0), everything)
-
-
-@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
-def test_a_mask_is_the_same_in_either_layout_and_keeps_it(layout: torch.memory_format) -> None:
-    module = KeyedDropout(0.5, 0)
-    module.draws = DRAWS
-    x = torch.ones(2, 3, 4, 5).contiguous(memory_format=layout)
-    out = module(x)
-    assert out.is_contiguous(memory_format=layout)
-    assert torch.equal(out, module(torch.ones(2, 3, 4, 5)))
-
-
 def test_every_dropout_of_a_module_gets_the_draws() -> None:
     model = build(SPEC, input_shape=SHAPE)
     set_draws(model, DRAWS)
     found = [module.draws for module in model.modules() if isinstance(module, KeyedDropout)]
     assert found == [DRAWS, DRAWS]
+    tokens = build(VIT, input_shape=SHAPE)
+    set_draws(tokens, DRAWS)
+    assert [module.draws for module in tokens.modules() if isinstance(module, KeyedDropout)] == [DRAWS, DRAWS]
 
 
 # --- fingerprints ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("spec", [SPEC, POOLED])
+@pytest.mark.parametrize("spec", [SPEC, POOLED, RESIDUAL, VIT], ids=["chain", "pooled", "residual", "vit"])
 def test_a_fingerprint_is_the_last_layers_input_at_unit_length(spec: ModelSpec) -> None:
     model = model_of(spec)
-    x = images()
-    features, logits = features_and_logits(model, x)
+    x = images(size=spec.size)
+    features, logits = features_and_logits(model, spec, x)
     assert torch.equal(logits, model(x))
     assert torch.allclose(features.norm(dim=1), torch.ones(len(x)), atol=1e-6)
-    inner = x
-    for block in list(model.children())[:-1]:
-        inner = block(inner)
+    (inner,), _ = zone_of(model, spec, range(len(spec.layers) - 1)).through((x,))
     assert torch.allclose(features * inner.norm(dim=1, keepdim=True), inner, atol=1e-5)
+
+
+def test_where_a_convolution_comes_last_a_fingerprint_is_the_mean_over_its_places() -> None:
+    spec = ModelSpec(layers=(Conv(filters=5), Conv(filters=3, activation="none"), AvgPool()))
+    model = model_of(spec)
+    features, _ = features_and_logits(model, spec, images())
+    assert features.shape == (4, 5)
+    expected = F.normalize(model[0](images()).mean((2, 3)), dim=1)
+    assert torch.allclose(features, expected, atol=1e-6)

@@ -9,7 +9,7 @@ import pytest
 
 from caltrain.errors import ConfigError
 from caltrain.models import spec as specs
-from caltrain.models.spec import (
+from caltrain.models.layers import (
     AvgPool,
     Conv,
     Dropout,
@@ -17,12 +17,27 @@ from caltrain.models.spec import (
     Layer,
     Linear,
     MaxPool,
+    Norm,
+    Patches,
+    Route,
+    Shape,
+    Shortcut,
+    Stage,
+    Transformer,
+)
+from caltrain.models.spec import (
+    Deepen,
     ModelSpec,
     Partition,
-    Shape,
+    Wheel,
     check_model,
+    cut_shapes,
+    embedding_layer,
     inner_weights,
     layer_shapes,
+    live_at,
+    model_input,
+    zone_ranges,
 )
 from support.samples import refused
 
@@ -46,7 +61,7 @@ def model(*layers: Layer) -> ModelSpec:
 
 
 def test_known_digest() -> None:
-    assert MODEL.digest() == "sha256:8bcc04103cff2951558c2acfc379b833c03bd4ac560f91a36385ba8b5b6eae24"
+    assert MODEL.digest() == "sha256:60f6835655d4e56440fc1f495729c5521f039fc4527628eaff27f1d45da08de8"
 
 
 def test_the_digest_covers_every_layer_and_its_order() -> None:
@@ -69,46 +84,90 @@ def test_shapes_of_a_whole_model() -> None:
     )
 
 
-LAYERS: list[tuple[Layer, Shape, Shape]] = [
-    (Conv(filters=5), (3, 8, 6), (5, 8, 6)),
-    (Conv(filters=5, kernel=1, padding=0), (3, 8, 6), (5, 8, 6)),
-    (Conv(filters=5, kernel=5, padding=0), (3, 8, 6), (5, 4, 2)),
-    (Conv(filters=5, stride=2), (3, 7, 6), (5, 4, 3)),
-    (Conv(filters=5, kernel=8, padding=1), (3, 8, 6), (5, 3, 1)),
-    (MaxPool(), (3, 7, 6), (3, 3, 3)),
-    (MaxPool(kernel=3, stride=2), (3, 8, 6), (3, 3, 2)),
-    (MaxPool(kernel=6, stride=1), (3, 8, 6), (3, 3, 1)),
-    (AvgPool(), (3, 8, 6), (3,)),
-    (Flatten(), (3, 8, 6), (144,)),
-    (Dropout(p=0.1), (3, 8, 6), (3, 8, 6)),
-    (Dropout(p=0.1), (7,), (7,)),
-    (Linear(units=5), (7,), (5,)),
-]
+RESIDUAL = model(
+    Conv(filters=4),
+    Conv(filters=4),
+    Shortcut(source=0),
+    Conv(filters=6, stride=2),
+    Route(sources=(2,)),
+    Conv(filters=6, kernel=1, padding=0, stride=2),
+    Shortcut(source=3),
+    Route(sources=(6, 3)),
+    AvgPool(),
+    Linear(units=3),
+)
+VIT = model(Patches(size=2, width=8), Transformer(heads=2), Norm(), AvgPool(), Linear(units=3))
+SKIP = model(Conv(filters=3), Conv(filters=3), Route(sources=(1, -1)), AvgPool(), Linear(units=3))
 
 
-@pytest.mark.parametrize(("layer", "shape", "expected"), LAYERS)
-def test_shape_of_a_layer(layer: Layer, shape: Shape, expected: Shape) -> None:
-    assert layer_shapes(model(layer, Dropout(p=0)), shape)[1] == expected
+def test_shapes_of_a_graph() -> None:
+    assert layer_shapes(RESIDUAL, IMAGE) == (
+        IMAGE,
+        *[(4, 8, 6)] * 3,
+        (6, 4, 3),
+        (4, 8, 6),
+        *[(6, 4, 3)] * 2,
+        (12, 4, 3),
+        (12,),
+        (3,),
+    )
+    assert layer_shapes(VIT, IMAGE) == (IMAGE, *[(12, 8)] * 3, (8,), (3,))
 
 
-MISFITS: list[tuple[Layer, Shape]] = [
-    (Linear(units=5), (3, 8, 6)),
-    (Conv(filters=5), (7,)),
-    (MaxPool(), (7,)),
-    (AvgPool(), (7,)),
-    (Flatten(), (7,)),
-    (Flatten(), (3, 8)),
-    (Conv(filters=5, kernel=9), (3, 8, 6)),
-    (Conv(filters=5, kernel=7, padding=0), (3, 8, 6)),
-    (MaxPool(kernel=7), (3, 8, 6)),
-    (MaxPool(kernel=64, stride=64), (3, 8, 6)),
-]
+@pytest.mark.parametrize(
+    "layers",
+    [
+        (Conv(filters=3), Shortcut(source=1)),
+        (Conv(filters=3), Shortcut(source=2), Flatten()),
+        (Route(sources=(-1, 0)), Flatten()),
+        (Conv(filters=3), Route(sources=(0, 5)), Flatten()),
+    ],
+    ids=str,
+)
+def test_a_layer_reads_only_what_is_before_it(layers: tuple[Layer, ...]) -> None:
+    with pytest.raises(ConfigError, match=r"^model\.shape: layer \d reads layer \d, which is not before it"):
+        layer_shapes(model(*layers), (3, 8, 6))
 
 
-@pytest.mark.parametrize(("layer", "shape"), MISFITS)
-def test_a_layer_that_does_not_fit_its_input_is_refused(layer: Layer, shape: Shape) -> None:
+def test_a_misfit_is_found_wherever_it_is() -> None:
     with refused(ConfigError, "model.shape"):
-        layer_shapes(model(layer, Dropout(p=0)), shape)
+        layer_shapes(model(Conv(filters=5), Shortcut(source=-1), Flatten()), IMAGE)
+
+
+def test_what_crosses_a_cut_is_what_a_later_layer_still_reads() -> None:
+    assert [live_at(MODEL.layers, cut) for cut in range(9)] == [(cut - 1,) for cut in range(9)]
+    assert [live_at(RESIDUAL.layers, cut) for cut in range(11)] == [
+        *((-1,), (0,), (0, 1), (2,), (2, 3), (3, 4)),
+        *((3, 5), (3, 6), (7,), (8,), (9,)),
+    ]
+    assert [live_at(SKIP.layers, cut) for cut in range(4)] == [(-1,), (-1, 0), (-1, 1), (2,)]
+
+
+def test_the_shapes_that_cross_are_those_of_the_live_tensors() -> None:
+    assert cut_shapes(RESIDUAL, 5, IMAGE) == ((6, 4, 3), (4, 8, 6))
+    assert cut_shapes(RESIDUAL, 10, IMAGE) == ((3,),)
+    assert cut_shapes(SKIP, 1, IMAGE) == (IMAGE, IMAGE)
+    assert cut_shapes(VIT, 0, IMAGE) == (IMAGE,)
+
+
+def test_records_are_cropped_to_the_models_size() -> None:
+    spec = ModelSpec(layers=MODEL.layers, size=(6, 4))
+    assert model_input(spec, (3, 8, 6)) == (3, 6, 4)
+    assert model_input(spec, (3, 6, 4)) == (3, 6, 4)
+    assert model_input(MODEL, IMAGE) == IMAGE
+    assert layer_shapes(spec, (3, 8, 6))[:2] == ((3, 6, 4), (4, 6, 4))
+
+
+@pytest.mark.parametrize("record", [(3, 5, 6), (3, 8, 3), (5, 3), (24,)], ids=str)
+def test_records_smaller_than_the_models_size_are_refused(record: Shape) -> None:
+    with refused(ConfigError, "model.size"):
+        layer_shapes(ModelSpec(layers=MODEL.layers, size=(6, 4)), record)
+
+
+def test_the_embedding_is_what_the_last_layer_with_weights_reads() -> None:
+    assert embedding_layer(MODEL) == 7
+    assert embedding_layer(model(Conv(filters=4), Conv(filters=3), AvgPool())) == 1
+    assert embedding_layer(VIT) == 4
 
 
 def test_an_activation_beyond_the_limit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,6 +200,7 @@ GOOD_CUTS = [
     Partition(front=2, head=5),
     Partition(front=7),
     Partition(front=0, head=1, unsafe_cut_at_input=True),
+    Partition(front=1, head=1, deepen=(Deepen(epoch=1, front=2), Deepen(epoch=9, front=6))),
 ]
 
 
@@ -154,6 +214,14 @@ def test_the_form_follows_from_the_head() -> None:
     assert Partition(front=1, head=1).form == "ternary"
 
 
+STAGED = model(Conv(filters=4), Stage(name="rest", shape=(3,), weights=7))
+WHEEL = Wheel(sha256="sha256:" + "ab" * 32, factory="some.package:make")
+
+
+def deepened(front: int, *steps: tuple[int, int], head: int = 0) -> Partition:
+    return Partition(front=front, head=head, deepen=tuple(Deepen(epoch=epoch, front=to) for epoch, to in steps))
+
+
 FEW = model(Dropout(p=0.5), Flatten(), Linear(units=4), Dropout(p=0.5), Linear(units=3))
 BAD_MODELS: dict[str, tuple[ModelSpec, Partition, str]] = {
     "four outputs for three classes": (model(Flatten(), Linear(units=4)), Partition(front=1), "model.classes"),
@@ -163,7 +231,7 @@ BAD_MODELS: dict[str, tuple[ModelSpec, Partition, str]] = {
         Partition(front=1),
         "model.no-logits",
     ),
-    "pooling at the end": (model(Conv(filters=3), AvgPool()), Partition(front=1), "model.no-logits"),
+    "maxima at the end": (model(Flatten(), Linear(units=3), Dropout(p=0)), Partition(front=1), "model.no-logits"),
     "front takes all": (MODEL, Partition(front=8), "model.partition"),
     "head takes all": (MODEL, Partition(front=0, head=8, unsafe_cut_at_input=True), "model.partition"),
     "front and head meet": (MODEL, Partition(front=4, head=4), "model.partition"),
@@ -172,6 +240,15 @@ BAD_MODELS: dict[str, tuple[ModelSpec, Partition, str]] = {
     "center without weights": (FEW, Partition(front=3, head=1), "model.partition"),
     "records go out": (MODEL, Partition(front=0), "model.cut-at-input"),
     "shapes do not fit": (model(Flatten(), Flatten(), Linear(units=3)), Partition(front=1), "model.shape"),
+    "records are read again behind the cut": (SKIP, Partition(front=1), "model.cut-at-input"),
+    "a sum at the end": (model(Flatten(), Linear(units=3), Shortcut(source=1)), Partition(front=1), "model.no-logits"),
+    "a stage and no wheel": (STAGED, Partition(front=1), "model.no-wheel"),
+    "it deepens to nothing new": (MODEL, deepened(1, (1, 1)), "model.not-deeper"),
+    "it becomes shallower": (MODEL, deepened(3, (1, 5), (2, 4)), "model.not-deeper"),
+    "two steps in an epoch": (MODEL, deepened(1, (2, 2), (2, 3)), "model.not-deeper"),
+    "steps out of order": (MODEL, deepened(1, (2, 2), (1, 3)), "model.not-deeper"),
+    "it deepens until nothing is left": (MODEL, deepened(1, (1, 7), head=1), "model.partition"),
+    "it deepens until the center has no weights": (MODEL, deepened(1, (1, 3), head=2), "model.partition"),
 }
 
 
@@ -179,6 +256,47 @@ BAD_MODELS: dict[str, tuple[ModelSpec, Partition, str]] = {
 def test_a_model_that_cannot_be_cut_as_said_is_refused(spec: ModelSpec, partition: Partition, code: str) -> None:
     with refused(ConfigError, code):
         check_model(spec, partition, input_shape=IMAGE, classes=3)
+
+
+def test_pooled_channels_may_be_the_logits() -> None:
+    check_model(model(Conv(filters=4), Conv(filters=3), AvgPool()), Partition(front=1), input_shape=IMAGE, classes=3)
+
+
+def test_a_cut_with_too_many_live_tensors_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    wide = model(*[Conv(filters=2)] * 4, Route(sources=(0, 1, 2, 3)), Conv(filters=3), AvgPool(), Linear(units=3))
+    monkeypatch.setattr(specs, "MAX_LIVE", 4)
+    for partition in (Partition(front=4), Partition(front=1, head=4)):
+        check_model(wide, partition, input_shape=IMAGE, classes=3)
+    monkeypatch.setattr(specs, "MAX_LIVE", 3)
+    for partition in (Partition(front=4), Partition(front=1, head=4)):
+        with refused(ConfigError, "model.partition"):
+            check_model(wide, partition, input_shape=IMAGE, classes=3)
+
+
+def test_a_stage_may_be_cut_and_may_end_a_model_that_names_its_wheel() -> None:
+    spec = ModelSpec(layers=STAGED.layers, wheel=WHEEL)
+    check_model(spec, Partition(front=1), input_shape=IMAGE, classes=3)
+    assert spec.digest() != STAGED.digest()
+
+
+@pytest.mark.parametrize("spec", [RESIDUAL, VIT], ids=["residual", "vit"])
+def test_graphs_are_accepted_where_the_zones_have_weights(spec: ModelSpec) -> None:
+    for partition in (Partition(front=1), Partition(front=1, head=2)):
+        check_model(spec, partition, input_shape=IMAGE, classes=3)
+
+
+def test_the_cut_deepens_by_the_schedule() -> None:
+    cut = deepened(2, (3, 4), (5, 7), head=1)
+    assert [cut.front_at(epoch) for epoch in range(7)] == [2, 2, 2, 4, 4, 7, 7]
+    assert cut.at(4) == Partition(front=4, head=1)
+    assert cut.at(cut.front_at(0)) == Partition(front=2, head=1)
+    assert zone_ranges(MODEL, cut.at(4)) == (range(4), range(4, 7), range(7, 8))
+
+
+@pytest.mark.parametrize("factory", ["make", "a:", ":make", "a-b:make", "a:b.c", "a:make\n", "1a:make"])
+def test_a_factory_is_a_module_and_a_function(factory: str) -> None:
+    with pytest.raises(msgspec.ValidationError):
+        msgspec.convert({"sha256": WHEEL.sha256, "factory": factory}, Wheel)
 
 
 MALFORMED: dict[str, dict[str, Any]] = {
@@ -198,6 +316,16 @@ MALFORMED: dict[str, dict[str, Any]] = {
     "dropout of everything": {"type": "dropout", "p": 1.0},
     "dropout of nan": {"type": "dropout", "p": float("nan")},
     "dropout below 0": {"type": "dropout", "p": -0.1},
+    "a route from nowhere": {"type": "route", "sources": []},
+    "a route from 33 layers": {"type": "route", "sources": [0] * 33},
+    "a source before the input": {"type": "shortcut", "source": -2},
+    "a source beyond all layers": {"type": "route", "sources": [512]},
+    "no heads": {"type": "transformer", "heads": 0},
+    "patches of 0": {"type": "patches", "size": 0, "width": 4},
+    "a stage without a shape": {"type": "stage", "name": "a", "shape": [], "weights": 1},
+    "a stage of four dimensions": {"type": "stage", "name": "a", "shape": [1, 1, 1, 1], "weights": 1},
+    "a stage with a path for a name": {"type": "stage", "name": "../a", "shape": [1], "weights": 1},
+    "a stage of negative weights": {"type": "stage", "name": "a", "shape": [1], "weights": -1},
 }
 
 
@@ -217,3 +345,8 @@ def test_the_number_of_layers_is_bounded(count: int) -> None:
 def test_inner_weights_are_those_of_front_and_head(front: int, head: int, weights: int) -> None:
     spec = ModelSpec(layers=(Conv(filters=8), MaxPool(), Flatten(), Linear(units=10), Linear(units=4)))
     assert inner_weights(spec, Partition(front=front, head=head), (1, 4, 4)) == weights
+
+
+def test_inner_weights_are_those_of_the_deepest_front() -> None:
+    spec = ModelSpec(layers=(Conv(filters=8), MaxPool(), Flatten(), Linear(units=10), Linear(units=4)))
+    assert inner_weights(spec, deepened(1, (2, 2), (3, 4)), (1, 4, 4)) == 72 + 8 * 4 * 10

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
 import itertools
 import math
 from collections import Counter
+from types import ModuleType
 
 import pytest
 import torch
 from torch import Tensor
 
+from caltrain.crypto import aead
+from caltrain.enclave import pool
+from caltrain.models.layers import AvgPool, Conv, Linear, MaxPool, Patches, Transformer
 from caltrain.models.network import build, zone_of
-from caltrain.models.spec import AvgPool, Conv, Linear, MaxPool, ModelSpec
+from caltrain.models.spec import ModelSpec
 from caltrain.training import seeds as seeds_module
 from caltrain.training.seeds import Draws, RunSeeds, epoch_order, initialise, run_seed
 
@@ -169,7 +175,7 @@ def test_a_zone_draws_the_weights_that_it_has_in_the_whole_model() -> None:
     for cut in range(len(SPEC.layers)):
         zone = build(SPEC, input_shape=(3, 8, 8), layers=range(cut, len(SPEC.layers)))
         initialise(zone, SEED)
-        part = zone_of(whole, range(cut, len(SPEC.layers))).state_dict()
+        part = zone_of(whole, SPEC, range(cut, len(SPEC.layers))).state_dict()
         assert part.keys() == zone.state_dict().keys()
         assert all(torch.equal(value, part[name]) for name, value in zone.state_dict().items())
 
@@ -206,3 +212,41 @@ def test_first_weights_have_the_distribution_of_the_ones_pytorch_draws() -> None
             for mine, pytorchs in ((ours.mean(), theirs[name].mean()), (ours.std(), theirs[name].std())):
                 assert float((mine - pytorchs).detach().abs()) < 0.15 * bound
             assert float(ours.detach().abs().max()) > 0.98 * bound
+
+
+def test_tokens_positions_are_drawn_and_normalisations_are_not() -> None:
+    spec = ModelSpec(layers=(Patches(size=2, width=16), Transformer(heads=2), AvgPool(), Linear(units=2)))
+    model = build(spec, input_shape=(3, 8, 8))
+    initialise(model, SEED)
+    state = model.state_dict()
+    assert float(state["0.position"].abs().max()) <= 1 / math.sqrt(16)
+    assert float(state["0.position"].std()) > 0.5 / math.sqrt(3 * 16)
+    assert torch.equal(state["1.norm1.weight"], torch.ones(16))
+    assert torch.equal(state["1.norm2.bias"], torch.zeros(16))
+    for name, fan_in in (("1.qkv.weight", 16), ("1.qkv.bias", 16), ("1.down.weight", 64), ("0.conv.bias", 12)):
+        assert 0.8 / math.sqrt(fan_in) < float(state[name].abs().max()) <= 1 / math.sqrt(fan_in), name
+
+
+# --- nonces ----------------------------------------------------------------------------------------------------
+
+
+def test_no_nonce_depends_on_a_seed() -> None:
+    """A nonce is drawn from the operating system or counts frames; what seals for the enclave knows no run seed."""
+    words = {word for module in (aead, pool) for word in words_of(module)}
+    assert {"urandom", "to_bytes", "FrameCipher"} <= words
+    assert not words & {"Draws", "RunSeeds", "run_seed", "Generator", "manual_seed", "random", "default_rng"}
+    imported = {name for module in (aead, pool) for name in imports_of(module)}
+    assert imported
+    assert not [name for name in imported if name.startswith(("caltrain.training", "torch"))]
+
+
+def words_of(module: ModuleType) -> set[str]:
+    nodes = list(ast.walk(ast.parse(inspect.getsource(module))))
+    names = {node.id for node in nodes if isinstance(node, ast.Name)}
+    return names | {node.attr for node in nodes if isinstance(node, ast.Attribute)}
+
+
+def imports_of(module: ModuleType) -> set[str]:
+    nodes = list(ast.walk(ast.parse(inspect.getsource(module))))
+    plain = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    return plain | {str(node.module) for node in nodes if isinstance(node, ast.ImportFrom)}

@@ -1,0 +1,94 @@
+"""Runs that end before their time, and what an undisturbed run would have come to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+import torch
+
+from caltrain.boundary.messages import Answer, Write
+from caltrain.enclave.run import State, present
+from caltrain.models.spec import Deepen
+from caltrain.models.weights import state_of
+from caltrain.plan import Plan
+from caltrain.training.spec import CenterSpec
+from support.world import Change, World
+
+
+def planned(
+    *, rate: float = 0.0, steps: int = 0, deepen: tuple[Deepen, ...] = (), quorum: int = 0, length: int = 2, **more: Any
+) -> Change:
+    """A plan with an audit, checkpoints every `steps`, a schedule of cuts, a quorum; `more` goes to its training."""
+
+    def change(plan: Plan) -> Plan:
+        return msgspec.structs.replace(
+            plan,
+            center=CenterSpec(audit_rate=rate, audit_steps=length),
+            training=msgspec.structs.replace(plan.training, checkpoint_steps=steps, **more),
+            partition=msgspec.structs.replace(plan.partition, deepen=deepen),
+            resume_quorum=quorum,
+        )
+
+    return change
+
+
+def same_bits(world: World, other: torch.nn.Module) -> bool:
+    """Whether the released model has the weights of `other`, bit for bit."""
+    ours, theirs = state_of(present(world.run.model)), state_of(other)
+    assert set(ours) == set(theirs)
+    return all(torch.equal(value, theirs[name]) for name, value in ours.items())
+
+
+def ends_as_if_undisturbed(world: World, *, cuts: dict[int, int] | None = None) -> None:
+    """The rest of the run ends with the bits of the plain loop."""
+    world.run_to(State.LINKED)
+    assert same_bits(world, world.plain(world.run.seed, cuts=cuts))
+
+
+def recovers(world: World) -> None:
+    """After a refusal: the last good checkpoint is there, opens with the parties' words, and the run ends well."""
+    world.host.be_honest()
+    world.take_up()
+    ends_as_if_undisturbed(world)
+
+
+class Killed(Exception):
+    """Enclave and host end here: nothing after it happens."""
+
+
+class Killer:
+    """Ends both sides just after the host has answered for the `moment`-th time; counts on for ever if it is 0."""
+
+    def __init__(self, world: World, moment: int = 0) -> None:
+        self.count, self.moment = 0, moment
+        host = world.host
+        host.on_read = self._after(host.read)
+        host.on_write = self._after(host.write)
+        host.on_commit = self._after(host.commit)
+        host.on_show = self._after(host.show)
+        host.on_tensor = self._after(host.take)
+
+    def _after(self, act: Callable[..., Any]) -> Callable[..., Any]:
+        def acted(*arguments: Any) -> Any:
+            answer = act(*arguments)
+            self.count += 1
+            if self.count == self.moment:
+                raise Killed
+            return answer
+
+        return acted
+
+
+def torn(world: World, name: str, *, after: int) -> None:
+    """The machine dies in the middle of the next write to `name`, of which `after` bytes reach the disk."""
+    honest = world.host.write
+
+    def write(call: Write) -> Answer:
+        if call.name != name:
+            return honest(call)
+        honest(msgspec.structs.replace(call, data=call.data[:after]))
+        raise Killed
+
+    world.host.on_write = write
