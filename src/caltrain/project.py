@@ -83,6 +83,7 @@ def create_project(
                 User(name=i.name, public_key=i.signer.public, may=_RIGHTS, budget=budget) for i in asking.values()
             ),
             enclave=EnclaveSpec(measurement=measurement),
+            center=chosen.center,
             release=ReleaseSpec(reveal_seed=reveal_seed),
         )
         policy = Policy(measurements=(measurement,), allow_simulated=True, simulated_roots=(operator.signer.public,))

@@ -12,8 +12,11 @@ import torch
 from torch import Tensor
 
 from caltrain.boundary.channel import Channel
-from caltrain.boundary.messages import Message
+from caltrain.boundary.messages import Answer, CallFailed, CommitCenter, Data, Message, ShowCenter
 from caltrain.boundary.tensors import Role
+from caltrain.crypto.digests import to_raw
+from caltrain.host.kept import center_object
+from caltrain.models.weights import decode_state, encode_state, model_digest
 from support.world import World
 
 Fields = dict[str, Any]
@@ -69,3 +72,33 @@ def one_element(value: float | None = None) -> Send:
 def message(answer: Message) -> Send:
     """A message in place of the tensors."""
     return lambda channel, _tensors, _fields: channel.send(answer)
+
+
+def shows(world: World, change: Callable[[bytes], bytes]) -> None:
+    """When the host is asked for a committed state, it gives other bytes."""
+    host = world.host
+
+    def show(call: ShowCenter) -> Answer:
+        answer = host.show(call)
+        if isinstance(answer, CallFailed):
+            return answer
+        raw = change(bytes(host.storage["center-state"]))
+        host.storage["center-state"] = bytearray(raw)
+        return Data(len(raw).to_bytes(8, "big"))
+
+    host.on_show = show
+
+
+def commits_to(world: World, change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> None:
+    """The host commits to another CenterNet than the one that computes, and shows that other one."""
+    host, spec = world.host, world.plan.model
+
+    def commit(call: CommitCenter) -> Answer:
+        answer = host.commit(call)
+        state = change(decode_state(host.the_center.committed(call.epoch, call.step), step="test"))
+        if call.durable:
+            host.storage[center_object(call.epoch, call.step)] = bytearray(encode_state(state))
+        return Data(to_raw(model_digest(spec, state))) if isinstance(answer, Data) else answer
+
+    host.on_commit = commit
+    shows(world, lambda raw: encode_state(change(decode_state(raw, step="test"))))

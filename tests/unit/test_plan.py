@@ -35,7 +35,7 @@ from caltrain.records.shard import key_id
 from support.samples import DATA_KEY, MEASUREMENT, PLAN, SHARD, plan, quick, refused, signer
 
 SMALL = plan()
-DIGEST = "sha256:aa42db90db46a5d40bb29de704d1cacfe0e82dca3ebf20f8133267326eb8ce52"
+DIGEST = "sha256:b15582bed4f2046c186b8abae666f754971c54866909fc4493e9d86251087381"
 
 # The same plan, written otherwise: other order, inline tables, comments, defaults spelled out, 1 for 1.0.
 REWRITTEN = f"""
@@ -118,7 +118,14 @@ activation = "none"
 
 
 def toml(fields: dict[str, Any]) -> bytes:
-    return tomli_w.dumps(fields).encode()
+    """TOML of the fields; it has no way to write null, which is what is left out."""
+    return tomli_w.dumps(without_null(fields)).encode()
+
+
+def without_null(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: without_null(inner) for key, inner in value.items() if inner is not None}
+    return [without_null(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
 # -- the digest --------------------------------------------------------------------------------------------------------
@@ -188,6 +195,7 @@ def replaced(path: Path, value: object) -> dict[str, Any]:
 def another(path: Path, value: Any) -> Any:
     """Another valid value for a field."""
     words = {"u8": "f32", "cosine": "constant", "predict": "trace", "trace": "predict", "relu": "none", "none": "relu"}
+    words |= {"cpu": "any", "f32": "bf16"}
     match value:
         case bool():
             return not value
@@ -203,13 +211,25 @@ def another(path: Path, value: Any) -> Any:
             return words.get(value, "relu" if path[-1] == "activation" else f"{value}x")
 
 
+ABSENT: dict[str, object] = {
+    "model.size": [2, 2],
+    "model.wheel": {"factory": "nets:make", "sha256": "sha256:" + "0" * 64},
+    "training.initial": {"sha256": "sha256:" + "0" * 64},
+}
 CHANGEABLE = [path for path, _ in leaves(FULL) if path != ("version",) and path[-1] != "type"]
 
 
 @pytest.mark.parametrize("path", CHANGEABLE, ids=lambda path: ".".join(map(str, path)))
 def test_every_field_is_in_the_digest(path: Path) -> None:
-    fields = replaced(path, another(path, at(FULL, path)))
+    value = at(FULL, path)
+    fields = replaced(path, ABSENT[".".join(map(str, path))] if value is None else another(path, value))
     assert msgspec.convert(fields, Plan).digest() != DIGEST
+
+
+def test_a_deepening_cut_is_in_the_digest() -> None:
+    steps = ({"epoch": 1, "front": 3}, {"epoch": 2, "front": 3}, {"epoch": 1, "front": 4})
+    digests = {plan(partition={"front": 1, "deepen": [step]}).digest() for step in steps}
+    assert len(digests | {DIGEST}) == 4
 
 
 def test_the_order_of_lists_is_in_the_digest() -> None:
@@ -295,6 +315,18 @@ INVALID: dict[str, tuple[Path, object]] = {
     "unknown schedule": (("training", "schedule"), "step"),
     "negative shift": (("training", "augment", "shift"), -1),
     "no threads": (("training", "threads"), 0),
+    "more audited than there is": (("center", "audit_rate"), 1.01),
+    "audit rate nan": (("center", "audit_rate"), float("nan")),
+    "audits of no step": (("center", "audit_steps"), 0),
+    "unknown device": (("center", "device"), "tpu"),
+    "unknown precision": (("center", "precision"), "f16"),
+    "no bound for what comes in": (("center", "max_rms"), 0.0),
+    "a quorum below nobody": (("resume_quorum",), -1),
+    "a quorum of more than there may be": (("resume_quorum",), 257),
+    "deepening before the first epoch": (("partition", "deepen"), [{"epoch": 0, "front": 3}]),
+    "deepening without end": (("partition", "deepen"), [{"epoch": 1, "front": 3}] * 65),
+    "checkpoints at no step": (("training", "checkpoint_steps"), -1),
+    "negative patience": (("training", "patience"), -1),
 }
 
 
@@ -304,6 +336,8 @@ def test_a_value_out_of_bounds_is_refused(path: Path, value: object) -> None:
         parse_plan(toml(replaced(path, value)))
 
 
+CONTRADICTION = "plan.contradiction"
+ZEROS = "sha256:" + "0" * 64
 UNUSABLE: dict[str, tuple[Path, object, type[CaltrainError], str]] = {
     "two parties of one name": (("parties", 1, "name"), "alpha", ConfigError, "plan.duplicate"),
     "a user with a party's name": (("users", 0, "name"), "beta", ConfigError, "plan.duplicate"),
@@ -313,6 +347,22 @@ UNUSABLE: dict[str, tuple[Path, object, type[CaltrainError], str]] = {
     "a class twice": (("data", "classes"), ["cat", "dog", "cat"], DataError, "schema.duplicate-class"),
     "a class without output": (("data", "classes"), ["cat", "dog", "owl", "fox"], ConfigError, "model.classes"),
     "records to the host": (("partition", "front"), 0, ConfigError, "model.cut-at-input"),
+    "an audit of another device": (("center",), {"audit_rate": 0.1, "device": "any"}, ConfigError, CONTRADICTION),
+    "an audit of other bits": (("center",), {"audit_rate": 0.1, "precision": "bf16"}, ConfigError, CONTRADICTION),
+    "a quorum of more than all": (("resume_quorum",), 3, ConfigError, CONTRADICTION),
+    "more frozen than there is": (("training", "initial"), {"sha256": ZEROS, "frozen": 7}, ConfigError, CONTRADICTION),
+    "a cut that does not deepen": (
+        ("partition", "deepen"),
+        [{"epoch": 1, "front": 1}],
+        ConfigError,
+        "model.not-deeper",
+    ),
+    "a cut that deepens to nothing": (
+        ("partition", "deepen"),
+        [{"epoch": 1, "front": 5}],
+        ConfigError,
+        "model.partition",
+    ),
     "a shape that does not fit": (("data", "shape"), [1, 1, 1], ConfigError, "model.shape"),
 }
 
@@ -323,6 +373,25 @@ def test_a_plan_that_cannot_be_run_is_refused(
 ) -> None:
     with refused(family, code):
         parse_plan(toml(replaced(path, value)))
+
+
+USABLE: dict[str, tuple[Path, object]] = {
+    "an audit of every step on the CPU": (("center",), {"audit_rate": 1.0}),
+    "bf16 on any device without an audit": (("center",), {"device": "any", "precision": "bf16"}),
+    "a quorum of all": (("resume_quorum",), 2),
+    "everything frozen": (("training", "initial"), {"sha256": ZEROS, "frozen": 6}),
+    "a cut that deepens twice": (
+        ("partition",),
+        {"front": 1, "deepen": [{"epoch": 1, "front": 2}, {"epoch": 2, "front": 3}]},
+    ),
+    "records cropped": (("model", "size"), [2, 2]),
+}
+
+
+@pytest.mark.parametrize(("path", "value"), USABLE.values(), ids=USABLE)
+def test_a_plan_up_to_its_bounds_is_taken(path: Path, value: object) -> None:
+    fields = replaced(path, value)
+    assert parse_plan(toml(fields)) == plan_from_json(msgspec.json.encode(fields)) != SMALL
 
 
 NO_TOML = {
@@ -434,11 +503,19 @@ OTHER_MANIFEST = msgspec.structs.replace(MANIFEST, run="cd" * 16)
 
 
 def test_known_manifest() -> None:
-    assert MANIFEST.digest() == "sha256:3f3281ad441518ffed661d885dd672e594dab861e48a1bdda6c2f71092a6a906"
+    assert MANIFEST.digest() == "sha256:60ae779bac1ce9bdfab6fbc71bfe2c7578beeb0df1084c204b59f2b3a9d82ba4"
     assert MANIFEST.records() == 24
 
 
+def test_records_that_are_held_out_are_counted_apart() -> None:
+    alpha, beta = MANIFEST.parties
+    held_out = (msgspec.structs.replace(alpha.shards[0], held_out=True), alpha.shards[1])
+    manifest = msgspec.structs.replace(MANIFEST, parties=(msgspec.structs.replace(alpha, shards=held_out), beta))
+    assert (manifest.records(), manifest.records(held_out=True)) == (19, 5)
+
+
 def test_every_field_of_a_manifest_is_in_its_digest() -> None:
+    held_out = tuple(msgspec.structs.replace(entry, held_out=True) for entry in MANIFEST.parties[0].shards)
     changes: list[dict[str, Any]] = [
         {"run": "cd" * 16},
         {"plan": OTHER_PLAN.digest()},
@@ -450,6 +527,7 @@ def test_every_field_of_a_manifest_is_in_its_digest() -> None:
         {"parties": MANIFEST.parties[::-1]},
         {"parties": MANIFEST.parties[:1]},
         {"parties": (msgspec.structs.replace(MANIFEST.parties[0], shards=MANIFEST.parties[0].shards[::-1]),)},
+        {"parties": (msgspec.structs.replace(MANIFEST.parties[0], shards=held_out),)},
         {"parties": (msgspec.structs.replace(MANIFEST.parties[0], key_id="sha256:" + "3" * 64),)},
     ]
     digests = {msgspec.structs.replace(MANIFEST, **change).digest() for change in changes}

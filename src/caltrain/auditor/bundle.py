@@ -58,6 +58,7 @@ class Verified(msgspec.Struct, frozen=True, kw_only=True):
     head: str
     simulated: bool
     center_audited: bool
+    audit_rate: float = 0.0
 
 
 def read_bundle(path: Path) -> TraceBundle:

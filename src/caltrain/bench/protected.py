@@ -84,11 +84,12 @@ class ProtectedRun:
         self._signer, self._data_key = signer, os.urandom(32)
         self._run = ""
 
-    def ingest(self, pixels: Tensor, labels: Tensor, device: Device) -> Counted:
+    def ingest(
+        self, pixels: Tensor, labels: Tensor, device: Device, *, held_out: tuple[Tensor, Tensor] | None = None
+    ) -> Counted:
         """Seal `pixels` (N, C, H, W) and `labels` (N,), agree on the run, take the records in, start the CenterNet."""
-        entries = tuple(
-            self._seal(pixels[i : i + _SHARD], labels[i : i + _SHARD]) for i in range(0, len(labels), _SHARD)
-        )
+        entries = self._seal(pixels, labels, held_out=False)
+        entries += self._seal(*held_out, held_out=True) if held_out else ()
         plan, ask = self.plan, self.enclave.request
         ask(
             m.Configure(
@@ -114,9 +115,9 @@ class ProtectedRun:
         self.enclave.center = center
         return center
 
-    def train_epoch(self, epoch: int) -> None:
+    def train_epoch(self, epoch: int) -> m.Done:
         """One epoch, to its checkpoint."""
-        self.enclave.request(m.Train(epoch), wait=1e6)
+        return self.enclave.request(m.Train(epoch), wait=1e6)
 
     def release(self, center: Center) -> tuple[State, bytes]:
         """The whole model's state, and the run seed."""
@@ -128,7 +129,13 @@ class ProtectedRun:
     def _sign(self, kind: str, value: msgspec.Struct) -> Envelope:
         return self._signer.sign(kind, value)
 
-    def _seal(self, pixels: Tensor, labels: Tensor) -> ManifestShard:
+    def _seal(self, pixels: Tensor, labels: Tensor, *, held_out: bool) -> tuple[ManifestShard, ...]:
+        return tuple(
+            self._shard(pixels[i : i + _SHARD], labels[i : i + _SHARD], held_out=held_out)
+            for i in range(0, len(labels), _SHARD)
+        )
+
+    def _shard(self, pixels: Tensor, labels: Tensor, *, held_out: bool) -> ManifestShard:
         schema = self.plan.data
         records = [encode_record(schema, x.numpy(), int(y)) for x, y in zip(pixels, labels, strict=True)]
         name = os.urandom(16).hex()
@@ -145,7 +152,7 @@ class ProtectedRun:
                 records=records,
                 salts=[os.urandom(SALT_BYTES) for _ in records],
             )
-        return ManifestShard(shard=name, root=header.root, records=header.records)
+        return ManifestShard(shard=name, root=header.root, records=header.records, held_out=held_out)
 
 
 def plan_of(preset: Preset, signer: SigningKey, *, name: str) -> Plan:

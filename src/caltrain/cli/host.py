@@ -14,7 +14,7 @@ from caltrain.reports.progress import watch
 from caltrain.reports.terminal import center_note
 
 if TYPE_CHECKING:
-    from caltrain.host.given import Given
+    from caltrain.host.given import What
 
 DeviceChoice = Literal["auto", "cpu", "cuda"]
 _COMMANDS = {"resume": "party rejoin", "cut": "party agree-cut"}
@@ -37,7 +37,9 @@ def serve(
     anew: Annotated[
         bool, typer.Option("--anew", help="give up an unfinished run that lies in --folder, for good")
     ] = False,
-    device: Annotated[DeviceChoice, typer.Option(help="where the CenterNet computes, as far as the plan allows")] = "auto",
+    device: Annotated[
+        DeviceChoice, typer.Option(help="where the CenterNet computes, as far as the plan allows")
+    ] = "auto",
     wheel: Annotated[Path | None, typer.Option(help="the wheel of stages that the plan names")] = None,
     initial: Annotated[Path | None, typer.Option(help="the public weights (safetensors) that the plan names")] = None,
     format_: FormatOption = Format.TEXT,
@@ -52,7 +54,11 @@ def serve(
     if resume and anew:
         raise typer.BadParameter("not together with --resume", param_hint="--anew")
     agreed, operator = read_plan(plan), load_identity(root)
-    files: Given = {what: path for what, path in (("wheel", wheel), ("initial", initial)) if path is not None}
+    files: dict[What, Path] = {}
+    if wheel is not None:
+        files["wheel"] = wheel
+    if initial is not None:
+        files["initial"] = initial
     check_given(agreed, files, kept=folder if resume else None)
     sock = bind(address, port)
     host, bound = sock.getsockname()[:2]

@@ -12,10 +12,12 @@ from caltrain.cli.files import read_plan, read_policy, write_json
 from caltrain.cli.output import Format, FormatOption, choose, emit, say, say_simulated
 from caltrain.errors import LineageError
 from caltrain.host_client import HostClient
+from caltrain.participant.cut import agree_to_cut
 from caltrain.participant.disclose import disclose as disclose_record
 from caltrain.participant.disclose import note_disclosure
 from caltrain.participant.identity import create_identity, load_identity
 from caltrain.participant.join import join as join_run
+from caltrain.participant.rejoin import rejoin as rejoin_run
 from caltrain.participant.seal import DEFAULT_SHARD_RECORDS, plan_labels, seal_records
 from caltrain.records.commitment import RecordRef
 
@@ -43,17 +45,27 @@ def seal(
     data: Annotated[Path, typer.Option(help=".npz, idx folder, Parquet folder or folder of images per class")],
     drop_duplicates: Annotated[bool, typer.Option("--drop-duplicates", help="leave out exact copies")] = False,
     shard_records: Annotated[int, typer.Option(min=1, help="records of one shard")] = DEFAULT_SHARD_RECORDS,
+    held_out: Annotated[
+        bool, typer.Option("--held-out", help="its test part instead: never trained on, measured after each epoch")
+    ] = False,
     format_: FormatOption = Format.TEXT,
 ) -> None:
-    """Seal the training part of a data set into the party's folder."""
+    """Seal the training part of a data set into the party's folder; with --held-out, its test part."""
     from caltrain.records.readers import open_path  # noqa: PLC0415  # keeps the other commands quick
 
     choose(format_)
     agreed, identity = read_plan(plan), load_identity(home)
-    part = open_path(data).train
+    split = open_path(data)
+    part = split.test if held_out else split.train
     labels = plan_labels(part, agreed.data)
     sealed = seal_records(
-        identity, agreed.data, part.images, labels, drop_duplicates=drop_duplicates, shard_records=shard_records
+        identity,
+        agreed.data,
+        part.images,
+        labels,
+        drop_duplicates=drop_duplicates,
+        shard_records=shard_records,
+        held_out=held_out,
     )
     emit(
         {
@@ -61,6 +73,7 @@ def seal(
             "shards": [{"shard": header.shard, "records": header.records} for header in sealed.headers],
             "records": sum(header.records for header in sealed.headers),
             "dropped": len(sealed.dropped),
+            "held_out": held_out,
         },
         title="Sealed",
     )
@@ -127,3 +140,56 @@ def _reference(party: str, text: str) -> RecordRef:
     if not leaf.isdecimal():
         raise LineageError("disclose.reference", f"{text[:80]!r}", step="read --record", fix="Write SHARD:LEAF.")
     return RecordRef(party, shard, int(leaf))
+
+
+@app.command()
+def rejoin(
+    url: Annotated[str, typer.Argument(help="the host, served with --resume")],
+    home: HomeOption,
+    plan: PlanOption,
+    policy: PolicyOption,
+    timeout: Annotated[float, typer.Option(help="seconds to wait until the host asks")] = 3600,
+    format_: FormatOption = Format.TEXT,
+) -> None:
+    """Let an interrupted run go on: verify the new enclave and the chain, then give this party's word."""
+    choose(format_)
+    identity = load_identity(home)
+    with HostClient(url) as host:
+        agreed, accepted = read_plan(plan), read_policy(policy)
+        given = rejoin_run(host, agreed, identity, accepted, clock=lambda: datetime.now(UTC), seconds=timeout)
+    if given is None:
+        emit({"party": identity.name, "given": False}, title="The host waits for no word of this party's")
+        return
+    if given.simulated:
+        say_simulated()
+    emit(
+        {
+            "party": identity.name,
+            "given": True,
+            "run": given.run,
+            "goes_on_at": f"epoch {given.at[0]}, step {given.at[1]}" if given.at else "before training",
+            "events": given.events,
+            "head": given.head,
+            "resumed_before": given.resumed,
+            "stopped_by_itself": given.stopped,
+            "simulated": given.simulated,
+        },
+        title="Word given",
+    )
+
+
+@app.command("agree-cut")
+def agree_cut(
+    url: Annotated[str, typer.Argument(help="the host")],
+    home: HomeOption,
+    plan: PlanOption,
+    front: Annotated[int, typer.Option(min=0, help="layers of the FrontNet that this party agrees to")],
+    timeout: Annotated[float, typer.Option(help="seconds to wait until the run asks")] = 3600,
+    format_: FormatOption = Format.TEXT,
+) -> None:
+    """Agree that the FrontNet becomes shallower: layers that were trained inside go out to the host, in clear."""
+    choose(format_)
+    identity = load_identity(home)
+    with HostClient(url) as host:
+        head = agree_to_cut(host, read_plan(plan), identity, front=front, seconds=timeout)
+    emit({"party": identity.name, "front": front, "head": head}, title="Agreed")

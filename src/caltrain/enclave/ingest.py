@@ -11,16 +11,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from caltrain.boundary.messages import Done, Ingest, StoredShard
-from caltrain.crypto.digests import same, to_raw, to_text
+from caltrain.crypto.digests import same, to_text
 from caltrain.crypto.merkle import MerkleBuilder
 from caltrain.enclave.audit import Audit
 from caltrain.enclave.checkpoint import write_checkpoint
 from caltrain.enclave.door import Door
 from caltrain.enclave.pool import Pool, PoolPlace, PoolShape, Rows
 from caltrain.enclave.run import Course, Run, State, present
-from caltrain.enclave.zones import center_zone, make_zones
+from caltrain.enclave.zones import begin_weights, make_zones
 from caltrain.errors import DataError, IntegrityError, LineageError
-from caltrain.models.weights import model_digest
 from caltrain.plan import ManifestShard, Plan, RunManifest
 from caltrain.records import shard as shards
 from caltrain.records.commitment import RecordRef, commit
@@ -59,7 +58,7 @@ def ingest(run: Run, message: Ingest) -> tuple[Done, State]:
         pool.finish()
     run.pool, run.held_out = pools[False], pools[True] if pools[True].shape.records else None
     start_training(run, Course(front=plan.partition.front), (0, 0))
-    _first_center(run)
+    begin_weights(run)
     run.record("ingest", {"records": taken, "ignored": len(stored - wanted)})
     write_checkpoint(run, State.READY)
     ignored = tuple(sorted(stored - wanted, key=lambda s: (s.party, s.shard)))
@@ -80,13 +79,6 @@ def start_training(run: Run, course: Course, audited: tuple[int, int]) -> None:
     run.course = course
     run.audit = Audit(plan.center.audit_rate, plan.center.audit_steps, runs=audited[0], audited=audited[1])
     make_zones(run)
-
-
-def _first_center(run: Run) -> None:
-    """Where the center is audited, it must begin as its seed says."""
-    plan, course = present(run.plan), present(run.course)
-    if plan.center.audit_rate:
-        course.center = to_raw(model_digest(plan.model, center_zone(run).state()))
 
 
 def _shard_rows(

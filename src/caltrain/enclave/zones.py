@@ -10,6 +10,7 @@ from caltrain.errors import IntegrityError
 from caltrain.models.network import build
 from caltrain.models.spec import zone_ranges
 from caltrain.models.weights import State, decode_state, model_digest
+from caltrain.training.initial import MAX_INITIAL_BYTES, load_initial, start_from
 from caltrain.training.zone import Zone
 
 _SLACK = 1 << 20
@@ -26,6 +27,22 @@ def make_zone(run: Run, layers: range, seed: bytes) -> Zone:
     """A zone of this run's model."""
     plan = present(run.plan)
     return Zone(plan.model, layers, input_shape=plan.data.shape, training=plan.training, seed=seed, factory=run.factory)
+
+
+def begin_weights(run: Run) -> None:
+    """Where a run begins: the plan's public weights, if it names some, which the host keeps as `initial`.
+
+    Where the center is audited, what it must begin with is noted. Raises ConfigError or IntegrityError.
+    """
+    plan, course = present(run.plan), present(run.course)
+    center = center_zone(run) if plan.center.audit_rate else None
+    if plan.training.initial is not None:
+        state = load_initial(run.door.read_all("initial", limit=MAX_INITIAL_BYTES), plan.training.initial)
+        for zone in (run.front, run.head, center):
+            if zone is not None:
+                start_from(zone.module, state, plan.model)
+    if center is not None:
+        course.center = to_raw(model_digest(plan.model, center.state()))
 
 
 def center_zone(run: Run) -> Zone:

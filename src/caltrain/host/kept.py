@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import base64
+from contextlib import suppress
 
 from caltrain.crypto.decoders import json_decoder
 from caltrain.crypto.digests import digest
 from caltrain.crypto.dsse import Envelope
-from caltrain.errors import ConfigError, ProtocolError
+from caltrain.errors import UNDECODABLE, ConfigError, ProtocolError
 from caltrain.host.store import Store
 from caltrain.plan import Plan, plan_from_json
 from caltrain.provenance.chain import Event
@@ -29,11 +30,25 @@ def keep_center(store: Store, epoch: int, step: int, state: bytes) -> None:
 
 
 def kept_events(store: Store) -> list[Event]:
-    """The run's chain as it lies in the folder, unverified. Raises ProtocolError `resume.nothing` without one."""
+    """The run's chain as it lies in the folder, unverified.
+
+    Raises ProtocolError `resume.nothing` without one, `resume.damaged-chain`.
+    """
     if not store.path("chain.jsonl").is_file():
         raise _nothing(store)
-    lines = store.read_whole("chain.jsonl").splitlines()
-    return [json_decoder(Event).decode(base64.b64decode(json_decoder(Envelope).decode(line).payload)) for line in lines]
+    try:
+        return [_event(line) for line in store.read_whole("chain.jsonl").splitlines()]
+    except UNDECODABLE as error:
+        raise ProtocolError(
+            "resume.damaged-chain",
+            f"the chain in {store.root} cannot be read: {error}",
+            step="resume",
+            fix="Get the chain back from a copy of the folder, or from a party that kept it.",
+        ) from None
+
+
+def _event(line: bytes) -> Event:
+    return json_decoder(Event).decode(base64.b64decode(json_decoder(Envelope).decode(line).payload, validate=True))
 
 
 def newest_checkpoint(store: Store) -> str:
@@ -65,7 +80,10 @@ def check_nothing_lost(store: Store) -> None:
     """Raise ConfigError `host.unfinished-run` where a run that could be taken up lies in the folder."""
     if not store.path("chain.jsonl").is_file():
         return
-    kinds = {event.kind for event in kept_events(store)}
+    kinds = set()
+    for line in store.read_whole("chain.jsonl").splitlines():
+        with suppress(*UNDECODABLE):  # a last line that was not written out; who resumes drops it
+            kinds.add(_event(line).kind)
     if "checkpoint" in kinds and "link" not in kinds:
         raise ConfigError(
             "host.unfinished-run",

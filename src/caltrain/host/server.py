@@ -59,9 +59,10 @@ def serve(
 ) -> None:
     """Serve one run, or `resume` the one that lies in `folder`, on a bound socket until SIGINT or SIGTERM.
 
-    An unfinished run in the folder is given up only with `anew`. `given` are files that the plan names. The enclave ends with it. Then raises that signal again. Raises, before
-    anything is launched: EnvironmentFault for a folder that cannot be used, ConfigError for files that are not the
-    plan's (see `given`), ProtocolError or ConfigError for a folder without a run of this plan to resume.
+    An unfinished run in the folder is given up only with `anew`. `given` are files that the plan names. The enclave
+    ends with it. Then raises that signal again. Raises, before anything is launched: EnvironmentFault for a folder that
+    cannot be used, ConfigError for files that are not the plan's or a run that would be lost, ProtocolError or
+    ConfigError for a folder without a run of this plan to resume.
     """
     os.environ.update(QUIET_THREADS)  # read when torch is loaded, which is later
     check_given(plan, given or {}, kept=folder if resume else None)

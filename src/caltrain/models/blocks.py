@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from caltrain.models import layers as m
 from caltrain.models.layers import Layer, Shape
-from caltrain.models.wheel import Factory, no_wheel
+from caltrain.models.wheel import Factory, check_stage, no_wheel
 from caltrain.training.seeds import Draws
 
 
@@ -150,7 +150,7 @@ def block(index: int, layer: Layer, shape: Shape, factory: Factory = no_wheel) -
         case m.Norm():
             return nn.LayerNorm(shape[1])
         case m.Stage():
-            return key_dropouts(factory(layer), index)
+            return check_stage(key_dropouts(factory(layer), index), layer, shape)
 
 
 def _conv(layer: m.Conv, shape: Shape) -> nn.Module:

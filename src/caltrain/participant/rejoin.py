@@ -81,7 +81,7 @@ def rejoin(
             step=_STEP,
             fix="Have the operator serve the run's folder with --resume.",
         )
-    run = _same_run(host, plan, identity)
+    run = same_run(host, plan, identity)
     nonce = os.urandom(32).hex()
     bundle = host.get("/v1/attestation", EvidenceBundle, params={"purpose": "resume", "nonce": nonce})
     claims = verify_evidence(bundle, policy, purpose="resume", plan=plan.digest(), nonce=nonce, now=clock())
@@ -103,7 +103,7 @@ def rejoin(
     )
 
 
-def _same_run(host: HostClient, plan: Plan, identity: Identity) -> str:
+def same_run(host: HostClient, plan: Plan, identity: Identity) -> str:
     """Id of the run whose manifest the host shows, once it is one that this party countersigned for this plan."""
     signed = host.get("/v1/manifest", Envelope)
     # Under the key that it claims: which run it is. That it is ours, our own note of its digest says.

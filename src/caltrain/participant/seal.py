@@ -39,8 +39,11 @@ def seal_records(
     *,
     drop_duplicates: bool = False,
     shard_records: int = DEFAULT_SHARD_RECORDS,
+    held_out: bool = False,
 ) -> SealedData:
     """Write shards of (N, C, H, W) images and (N,) integer labels into the party's folder: all of them, or none.
+
+    Records that are `held_out` are not trained on: the enclave measures the model on them after each epoch.
 
     Raises DataError before anything is written, EnvironmentFault.
     """
@@ -64,7 +67,10 @@ def seal_records(
         )
     named = [(os.urandom(16).hex(), group) for group in groups]
     try:
-        headers = tuple(_write(identity, schema, name, [encoded[row] for row in group]) for name, group in named)
+        headers = tuple(
+            _write(_place(identity, name, held_out=held_out), identity, schema, [encoded[row] for row in group])
+            for name, group in named
+        )
     except BaseException:  # Ctrl-C as well: a part of the records must not be taken for all of them
         for name, _ in named:
             with suppress(OSError):
@@ -96,7 +102,7 @@ def plan_labels(part: Dataset, schema: DataSchema) -> NDArray[np.int64]:
 def _sealed_keys(identity: Identity, schema: DataSchema) -> dict[bytes, int]:
     """Keys of the records that this party has sealed before: the enclave takes each of a party's records once."""
     seen: dict[bytes, int] = {}
-    for path in sorted((identity.folder / "shards").glob("*.shard")):
+    for path, _ in _shard_files(identity):
         header, step = read_own_header(identity, path), f"read {path.name}"
         if header.schema != schema.digest():
             continue
@@ -124,14 +130,14 @@ def _distinct(encoded: list[bytes], seen: dict[bytes, int], *, drop: bool) -> tu
     return kept, dropped
 
 
-def _write(identity: Identity, schema: DataSchema, shard_id: str, records: list[bytes]) -> shards.ShardHeader:
-    with whole_file(shard_path(identity, shard_id)) as out:
+def _write(path: Path, identity: Identity, schema: DataSchema, records: list[bytes]) -> shards.ShardHeader:
+    with whole_file(path) as out:
         return shards.write_shard(
             out,
             signer=identity.signer,
             data_key=identity.data_key,
             contributor=identity.name,
-            shard_id=shard_id,
+            shard_id=path.stem,
             schema=schema,
             records=records,
             salts=(os.urandom(SALT_BYTES) for _ in records),
@@ -140,19 +146,32 @@ def _write(identity: Identity, schema: DataSchema, shard_id: str, records: list[
 
 def shard_path(identity: Identity, shard_id: str) -> Path:
     """Where the party keeps a sealed shard."""
-    return identity.folder / "shards" / f"{shard_id}.shard"
+    held_out = _place(identity, shard_id, held_out=True)
+    return held_out if held_out.is_file() else _place(identity, shard_id, held_out=False)
+
+
+def _place(identity: Identity, shard_id: str, *, held_out: bool) -> Path:
+    # The folder says which it is, so that a shard cannot be there and be taken for the other kind.
+    return identity.folder / ("held-out" if held_out else "shards") / f"{shard_id}.shard"
+
+
+def _shard_files(identity: Identity) -> list[tuple[Path, bool]]:
+    """All shard files in a fixed order, those to train on first, and whether each is held out."""
+    folders = ((identity.folder / "shards", False), (identity.folder / "held-out", True))
+    return [(path, held_out) for folder, held_out in folders for path in sorted(folder.glob("*.shard"))]
 
 
 def own_shards(identity: Identity) -> tuple[ManifestShard, ...]:
     """The party's sealed shards in a fixed order, each header verified. Raises DataError when there are none."""
     found = []
-    for path in sorted((identity.folder / "shards").glob("*.shard")):
+    for path, held_out in _shard_files(identity):
         header = read_own_header(identity, path)
-        found.append(ManifestShard(shard=header.shard, root=header.root, records=header.records))
-    if not found:
+        entry = ManifestShard(shard=header.shard, root=header.root, records=header.records, held_out=held_out)
+        found.append(entry)
+    if all(entry.held_out for entry in found):
         raise DataError(
             "seal.nothing",
-            f"{identity.name} has sealed nothing yet",
+            f"{identity.name} has sealed nothing to train on yet",
             step="list shards",
             fix="Run `caltrain party seal`.",
         )

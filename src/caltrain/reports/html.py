@@ -9,6 +9,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescap
 
 from caltrain.demo.result import Story
 from caltrain.files import write_whole
+from caltrain.reports.terminal import center_note
 
 _WIDTH, _HEIGHT = 520, 120
 
@@ -21,7 +22,9 @@ def write_report(path: Path, story: Story) -> None:
     environment.filters["data_uri"] = lambda png: "data:image/png;base64," + base64.b64encode(png).decode()
     environment.filters["percent"] = lambda share: f"{share:.1%}"
     template = environment.get_template("demo.html")
-    page = template.render(story=story, result=story.result, curve=_curve(story.losses))
+    page = template.render(
+        story=story, result=story.result, curve=_curve(story.losses), center_note=center_note(story.result.audit_rate)
+    )
     write_whole(path, page.encode())
 
 

@@ -19,8 +19,18 @@ _MAX_TEXT = 60
 OnStatus = Callable[[RunStatus], None]
 
 
-def watch(host: HostClient, *, seconds: float, console: Console, sinks: Sequence[Sink] = (), on_status: OnStatus = lambda _: None) -> RunStatus:
-    """Show progress until the run is linked; its log goes to `sinks`, each status to `on_status`. Raises the run's error, or `host.too-slow`."""
+def watch(
+    host: HostClient,
+    *,
+    seconds: float,
+    console: Console,
+    sinks: Sequence[Sink] = (),
+    on_status: OnStatus = lambda _: None,
+) -> RunStatus:
+    """Show progress until the run is linked. Its log goes to `sinks`, each status to `on_status`.
+
+    Raises the run's error, or `host.too-slow`.
+    """
     deadline, follower, next_read = time.monotonic() + seconds, Follower(host, sinks), 0.0
     with _bar(console) as bar:
         task = bar.add_task("", total=None, figures="")

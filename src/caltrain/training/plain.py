@@ -28,6 +28,7 @@ from caltrain.training.seeds import Draws, RunSeeds, epoch_order, initialise
 from caltrain.training.spec import TrainingSpec
 
 OnStep = Callable[[int, int, float], None]
+OnEpoch = Callable[[int, Network], None]
 
 
 class Part(NamedTuple):
@@ -48,6 +49,7 @@ def train_plain(
     seeds: RunSeeds,
     cuts: Mapping[int, int] | None = None,
     on_step: OnStep = lambda _epoch, _step, _loss: None,
+    on_epoch: OnEpoch = lambda _epoch, _model: None,
     factory: Factory = no_wheel,
     initial: State | None = None,
 ) -> Network:
@@ -83,6 +85,7 @@ def train_plain(
                 loss.backward()  # type: ignore[no-untyped-call]
                 descent.step(epoch, step, steps, parts=[part.module for part in parts])
                 on_step(epoch, step, loss.item())
+        on_epoch(epoch, model)
     model.eval()
     return model
 

@@ -45,7 +45,7 @@ class InitialWeights(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
 class TrainingSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Stochastic gradient descent with momentum; a batch that would not be full is left out of its epoch.
 
-    `schedule` `poly` is Darknet's: rate * (1 - step / max_steps) ** power; `max_steps` 0 means the whole run.
+    `schedule` `poly` is Darknet's: rate * (1 - step / max_steps) ** power, steps from 1; `max_steps` 0: the whole run.
     `burn_in` steps rise as (step / burn_in) ** power before it. `clip_norm` bounds the norm of each zone's own
     gradient, so that no norm has to be exchanged; 0 is without. A checkpoint is made every `checkpoint_steps` (0: only
     between epochs). `patience` epochs without a better loss on the held-out records end the run (0: never).

@@ -35,7 +35,8 @@ class Zone:
     """Consecutive layers with their optimiser. `forward` keeps the graph that `backward` then uses and frees.
 
     The first weights are drawn from `seed`; where the plan names initial ones, `training.initial.start_from` copies
-    them into `module` afterwards. A zone all of whose layers are frozen learns nothing and sends no gradient on.
+    them into `module` afterwards. A zone all of whose layers are frozen learns nothing, and sends gradients on all the
+    same: what crosses does not depend on it.
     """
 
     def __init__(
@@ -51,10 +52,8 @@ class Zone:
         self.module: Network = build(spec, input_shape=input_shape, layers=layers, factory=factory)
         initialise(self.module, seed)
         lay_out(self.module, channels_last=training.channels_last)
-        frozen = frozen_layers(spec, training)
-        freeze(self.module, frozen)
+        freeze(self.module, frozen_layers(spec, training))
         self.module.train()
-        self._all_frozen = self.module.part.stop <= frozen
         self.descent = Descent(self.module, training)
         self._seed = seed
         self._input_grads: list[Tensor | None] = []
@@ -65,7 +64,7 @@ class Zone:
         set_draws(self.module, Draws(self._seed, at.epoch, at.step))
         live = [x.detach() for x in live]
         self._input_grads = [None] * len(live)
-        if needs_input_grad and not self._all_frozen:
+        if needs_input_grad:
             for number, x in enumerate(live):
                 self._watch(x, number)
         self._outputs, _ = self.module.through(live)
@@ -81,8 +80,8 @@ class Zone:
     def backward(self, grads: Sequence[Tensor], *, at: At) -> list[Tensor]:
         """Step the optimiser with the gradients at the end; returns those at the start, if they were asked for."""
         outputs, self._outputs = self._outputs, ()
-        if any(x.requires_grad for x in outputs):  # else all is frozen, and no gradient needs to have come
-            pairs = [(x, g) for x, g in zip(outputs, grads, strict=True) if x.requires_grad]
+        pairs = [(x, g) for x, g in zip(outputs, grads, strict=True) if x.requires_grad]
+        if pairs:  # else all is frozen, and nothing in front of it is asked for
             self.descent.clear()
             torch.autograd.backward([x for x, _ in pairs], [g for _, g in pairs])
             self.descent.step(at.epoch, at.step, at.steps)

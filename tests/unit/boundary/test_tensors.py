@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from caltrain.boundary import tensors
+from caltrain.boundary.channel import Tensors
 from caltrain.boundary.frames import FrameKind
 from caltrain.boundary.messages import ANSWERS, Data
-from caltrain.boundary.channel import Tensors
 from caltrain.boundary.tensors import Element, Layout, Role, TensorHead, restore
 from caltrain.errors import EnvironmentFault, ProtocolError
 from caltrain.models.spec import MAX_LIVE

@@ -237,7 +237,7 @@ def answered(kind: str, count: int, *, simulated: bool = True) -> Answered:
                 Neighbour(rank=rank, record=RecordRef(party, SHARD, index), distance=0.25, commitment=DIGEST)
                 for rank, party in ((1, "birch"), (2, "alder"), (3, "birch"))
             ),
-            center_audited=False,
+            audit_rate=0.0,
             simulated=simulated,
         )
         for index in range(count if kind == "trace" else 0)

@@ -6,7 +6,7 @@ draw, one element of one gradient, a byte of a seed.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -99,8 +99,8 @@ def test_one_draw_of_one_step_makes_another_model(
     world, ours = trained
     changed: list[int] = []
 
-    def other_shift(pixels: Tensor, spec: Augment, draws: Draws) -> Tensor:
-        out = augment(pixels, spec, draws)
+    def other_shift(pixels: Tensor, spec: Augment, draws: Draws, *, size: tuple[int, int] | None = None) -> Tensor:
+        out = augment(pixels, spec, draws, size=size)
         if (draws.epoch, draws.step) == (1, 1):
             changed.append(1)
             out = torch.cat([out[:1].roll(1, dims=3), out[1:]])
@@ -113,18 +113,20 @@ def test_one_draw_of_one_step_makes_another_model(
 
 def flip_once(world: World, role: Role) -> Callable[[], int]:
     """Have the host change one element of the first tensor of that role that it sends; returns how often it did."""
-    send, flips = world.host.channel.send_tensor, 0
+    send, flips = world.host.channel.send_tensors, 0
 
-    def sends(tensor: Tensor, *, role: Role, run: str, epoch: int, step: int) -> None:
+    def sends(tensors: Sequence[Tensor], *, role: Role, run: str, epoch: int, step: int) -> None:
         nonlocal flips
         if role == wanted and not flips:
             flips += 1
-            tensor = tensor.clone(memory_format=torch.preserve_format)
-            tensor[torch.unravel_index(tensor.abs().argmax(), tensor.shape)] *= -1
-        send(tensor, role=role, run=run, epoch=epoch, step=step)
+            (first, *others) = tensors
+            first = first.clone(memory_format=torch.preserve_format)
+            first[torch.unravel_index(first.abs().argmax(), first.shape)] *= -1
+            tensors = [first, *others]
+        send(tensors, role=role, run=run, epoch=epoch, step=step)
 
     wanted: Role = role
-    world.host.channel.send_tensor = sends  # type: ignore[method-assign]
+    world.host.channel.send_tensors = sends  # type: ignore[method-assign]
     return lambda: flips
 
 

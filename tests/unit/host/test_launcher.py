@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from caltrain.boundary import messages as m
-from caltrain.boundary.channel import Channel
+from caltrain.boundary.channel import Channel, Tensors
 from caltrain.boundary.tensors import TensorHead
 from caltrain.crypto.dsse import Envelope
 from caltrain.errors import EnvironmentFault, IntegrityError, ProtocolError
@@ -23,7 +23,7 @@ from caltrain.host import launcher
 from caltrain.host.confine import Confinement
 from caltrain.host.launcher import Enclave, launch
 from caltrain.host.store import Store
-from support.disk import tree
+from support.disk import files_end_at, tree
 from support.samples import refused, signer
 
 SECONDS = 20
@@ -98,31 +98,38 @@ def test_a_call_that_the_host_cannot_serve_is_answered_with_its_error(stage: Sta
     answers: list[Any] = []
 
     def play(end: Channel) -> None:
-        for call in (m.Read("center", 0, 9), m.Write("a/../../b", 0, b"x"), m.CommitCenter(0)):
+        for call in (m.Read("center", 0, 9), m.Write("a/../../b", 0, b"x"), m.CommitCenter(0, 0), m.ShowCenter(0, 0)):
             end.send(call)
             answers.append(end.receive(m.ANSWERS))
-        end.send_tensor(torch.zeros(2), role="ir", run="0" * 32, epoch=0, step=0)
+        end.send_tensors([torch.zeros(2)], role="ir", run="0" * 32, epoch=0, step=0)
         answers.append(end.receive(m.ANSWERS))
         end.send(m.Done())
 
     stage.play(play)
     stage.enclave.request(ASKED)
-    assert [type(answer) for answer in answers] == [m.CallFailed] * 4
+    assert [type(answer) for answer in answers] == [m.CallFailed] * 5
     codes = [answer.error["code"] for answer in answers]
-    assert codes == ["storage.missing", "storage.name", "door.unexpected", "door.unexpected"]
+    assert codes == ["storage.missing", "storage.name", *["door.unexpected"] * 3]
     assert tree(stage.enclave.store.root) == {}
 
 
 class Doubling:
-    """A CenterNet that sends back twice what it gets."""
+    """A CenterNet that sends back twice what it gets, and keeps no state but that before step 1.2."""
 
-    def take(self, head: TensorHead, tensor: torch.Tensor, channel: Channel) -> None:
-        """Answer one tensor."""
-        channel.send_tensor(tensor * 2, role="ir-grad", run=head.run, epoch=head.epoch, step=head.step)
+    def take(self, head: TensorHead, tensors: Tensors, channel: Channel) -> None:
+        """Answer tensors."""
+        doubled = [x * 2 for x in tensors]
+        channel.send_tensors(doubled, role="ir-grad", run=head.run, epoch=head.epoch, step=head.step)
 
-    def commitment(self) -> bytes:
+    def commit(self, epoch: int, step: int) -> bytes:
         """A digest of nothing."""
-        return b"c" * 32
+        return bytes([epoch, step]) * 16
+
+    def committed(self, epoch: int, step: int) -> bytes:
+        """A state of nothing."""
+        if (epoch, step) != (1, 2):
+            raise EnvironmentFault("center.not-kept", "not kept", step="show center", fix="Ask for another.")
+        return b"state"
 
 
 def test_tensors_go_to_the_center(stage: Stage) -> None:
@@ -130,17 +137,120 @@ def test_tensors_go_to_the_center(stage: Stage) -> None:
 
     def play(end: Channel) -> None:
         where: dict[str, Any] = {"run": "0" * 32, "epoch": 1, "step": 2}
-        end.send_tensor(torch.ones(3), role="ir", **where)
-        answers.append(end.receive_tensor(role="ir-grad", or_message=m.ANSWERS, **where))
-        end.send(m.CommitCenter(1))
+        end.send_tensors([torch.ones(3), torch.ones(1)], role="ir", **where)
+        answers.append(end.receive_tensors(role="ir-grad", or_message=m.ANSWERS, **where))
+        end.send(m.CommitCenter(1, 2))
         answers.append(end.receive(m.ANSWERS))
         end.send(m.Done())
 
     stage.enclave.center = Doubling()
     stage.play(play)
     stage.enclave.request(ASKED)
-    assert answers[0].tolist() == [2, 2, 2]
-    assert answers[1] == m.Data(b"c" * 32)
+    assert [x.tolist() for x in answers[0]] == [[2, 2, 2], [2]]
+    assert answers[1] == m.Data(b"\1\2" * 16)
+    assert tree(stage.enclave.store.root) == {}, "a commitment alone keeps nothing on the disk"
+
+
+def test_a_durable_commitment_is_kept_and_a_committed_state_is_shown(stage: Stage) -> None:
+    answers: list[Any] = []
+
+    def play(end: Channel) -> None:
+        for call in (m.CommitCenter(1, 2, durable=True), m.ShowCenter(1, 2), m.Read("center-state", 0, 9)):
+            end.send(call)
+            answers.append(end.receive(m.ANSWERS))
+        end.send(m.Done())
+
+    stage.enclave.center = Doubling()
+    stage.play(play)
+    stage.enclave.request(ASKED)
+    assert answers == [m.Data(b"\1\2" * 16), m.Data((5).to_bytes(8, "big")), m.Data(b"state")]
+    assert tree(stage.enclave.store.root) == {"center-at-1-2": b"state", "center-state": b"state"}
+
+
+@pytest.mark.parametrize("call", [m.ShowCenter(1, 1), m.CommitCenter(1, 1, durable=True)])
+def test_a_state_that_is_not_kept_is_answered_with_its_error(stage: Stage, call: m.ShowCenter | m.CommitCenter) -> None:
+    answers: list[Any] = []
+
+    def play(end: Channel) -> None:
+        end.send(call)
+        answers.append(end.receive(m.ANSWERS))
+        end.send(m.Done())
+
+    stage.enclave.center = Doubling()
+    stage.play(play)
+    stage.enclave.request(ASKED)
+    assert [answer.error["code"] for answer in answers] == ["center.not-kept"]
+    assert tree(stage.enclave.store.root) == {}
+
+
+# -- the storage stream -------------------------------------------------------------------------------------------
+
+
+class Storage:
+    """The storage thread, and the enclave's end of its stream."""
+
+    def __init__(self, folder: Path) -> None:
+        ours, theirs = socket.socketpair()
+        for end in (ours, theirs):
+            end.settimeout(SECONDS)
+        self.store, self.end, self.sock = Store(folder), Channel(theirs), ours
+        self.thread = threading.Thread(target=launcher._serve_until_closed, args=(self.store, Channel(ours)))
+        self.thread.start()
+
+    def ask(self, call: m.Message) -> Any:
+        """Its answer to a call."""
+        self.end.send(call)
+        return self.end.receive(m.ANSWERS)
+
+    def over(self) -> None:
+        """The thread has ended, and its end of the stream is closed."""
+        self.thread.join(SECONDS)
+        assert not self.thread.is_alive()
+        assert self.sock.fileno() == -1
+
+
+@pytest.fixture
+def storage(tmp_path: Path) -> Iterator[Storage]:
+    """A storage thread, ended afterwards."""
+    made = Storage(tmp_path / "host")
+    yield made
+    made.end.close()
+    made.over()
+
+
+def test_storage_is_served_on_a_stream_of_its_own_until_the_enclave_ends(storage: Storage) -> None:
+    assert storage.ask(m.Write("pool-0", 1, b"bc")) == m.Data()
+    assert storage.ask(m.Read("pool-0", 0, 9)) == m.Data(b"\0bc")
+    storage.end.close()
+    storage.over()
+    assert tree(storage.store.root) == {"pool-0": b"\0bc"}
+
+
+def test_a_failed_storage_call_is_answered_and_the_stream_goes_on(storage: Storage) -> None:
+    failed = [storage.ask(m.Read("center", 0, 9)), storage.ask(m.Write("a/../../b", 0, b"x"))]
+    assert [answer.error["code"] for answer in failed] == ["storage.missing", "storage.name"]
+    assert storage.ask(m.Write("a", 0, b"x")) == m.Data()
+    with files_end_at(4):
+        assert storage.ask(m.Write("a", 0, b"longer than that")).error["code"] == "storage.full"
+    assert storage.ask(m.Read("a", 0, 1)) == m.Data(b"l")
+
+
+@pytest.mark.parametrize(
+    "call", [m.CommitCenter(0, 0), m.ShowCenter(0, 0), m.Progress("train", 1, 2), m.Done(), m.Stop()]
+)
+def test_what_is_no_storage_call_closes_the_stream_and_stores_nothing(storage: Storage, call: m.Message) -> None:
+    storage.end.send(call)
+    with refused(EnvironmentFault, "door.closed"):
+        storage.end.receive(m.ANSWERS)
+    storage.over()
+    assert tree(storage.store.root) == {}
+
+
+def test_tensors_have_no_place_on_the_storage_stream(storage: Storage) -> None:
+    storage.end.send_tensors([torch.zeros(2)], role="ir", run="0" * 32, epoch=0, step=0)
+    with refused(EnvironmentFault, "door.closed"):
+        storage.end.receive(m.ANSWERS)
+    storage.over()
 
 
 def test_an_error_of_the_enclave_is_raised_as_it_was_there(stage: Stage) -> None:
@@ -271,6 +381,12 @@ def started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, program: str) -> En
         )
 
 
+def goes_on(thread: threading.Thread) -> bool:
+    """Whether a thread goes on all the same."""
+    thread.join(SECONDS)
+    return thread.is_alive()
+
+
 def open_descriptors() -> int:
     """How many descriptors this process has open."""
     return sum(1 for _ in Path("/proc/self/fd").iterdir())
@@ -298,4 +414,5 @@ def test_a_program_that_does_not_start_as_it_should_is_named_and_gone(
         started(tmp_path, monkeypatch, program)
     assert said in caught.value.what
     assert (tmp_path / "log").read_text() == ("why" if "why" in program else "")
+    assert not [thread for thread in threading.enumerate() if thread.name == "storage" and goes_on(thread)]
     assert open_descriptors() <= before + 1  # the ring's memory lives as long as somebody may look at the error

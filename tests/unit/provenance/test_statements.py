@@ -12,23 +12,27 @@ from caltrain.provenance.statements import LinkedModel, ModelStatement
 
 RUN = "ab" * 16
 ONE, TWO, THREE = ("sha256:" + digit * 64 for digit in "123")
-RELEASED = ModelStatement(run=RUN, plan=ONE, manifest=TWO, model=THREE, epochs=4, center_audited=False, simulated=True)
-LINKED = LinkedModel(run=RUN, model=THREE, records=9, commitments=ONE, center_audited=False, simulated=True)
+RELEASED = ModelStatement(
+    run=RUN, plan=ONE, manifest=TWO, model=THREE, epochs=4, front_public=False, audit_rate=0.25, simulated=True
+)
+LINKED = LinkedModel(run=RUN, model=THREE, records=9, commitments=ONE, audit_rate=0.0, simulated=True)
 
 
 def test_known_bytes() -> None:
     assert canonical_json(RELEASED).decode() == (
-        f'{{"center_audited":false,"epochs":4,"manifest":"{TWO}","model":"{THREE}","plan":"{ONE}",'
+        f'{{"audit_rate":0.25,"epochs":4,"front_public":false,"manifest":"{TWO}","model":"{THREE}","plan":"{ONE}",'
         f'"run":"{RUN}","simulated":true,"version":1}}'
     )
     assert canonical_json(LINKED).decode() == (
-        f'{{"center_audited":false,"commitments":"{ONE}","model":"{THREE}","records":9,'
+        f'{{"audit_rate":0,"commitments":"{ONE}","model":"{THREE}","records":9,'
         f'"run":"{RUN}","simulated":true,"version":1}}'
     )
 
 
 @pytest.mark.parametrize("statement", [RELEASED, LINKED])
-@pytest.mark.parametrize("changes", [{"version": 2}, {"run": "x"}, {"model": "sha1:0"}, {"note": 1}, {"simulated": 1}])
+@pytest.mark.parametrize(
+    "changes", [{"version": 2}, {"run": "x"}, {"model": "sha1:0"}, {"note": 1}, {"simulated": 1}, {"audit_rate": True}]
+)
 def test_a_statement_of_another_form_is_refused_when_read(statement: msgspec.Struct, changes: dict[str, Any]) -> None:
     fields = msgspec.to_builtins(statement)
     assert msgspec.convert(fields, type(statement)) == statement
@@ -36,7 +40,7 @@ def test_a_statement_of_another_form_is_refused_when_read(statement: msgspec.Str
         msgspec.convert(fields | changes, type(statement))
 
 
-@pytest.mark.parametrize("field", ["run", "model", "center_audited", "simulated"])
+@pytest.mark.parametrize("field", ["run", "model", "audit_rate", "simulated"])
 @pytest.mark.parametrize("statement", [RELEASED, LINKED])
 def test_a_statement_cannot_leave_out_what_it_rests_on(statement: msgspec.Struct, field: str) -> None:
     fields = msgspec.to_builtins(statement)
