@@ -21,6 +21,7 @@ from caltrain.models.spec import Cut, ModelSpec, Partition, check_model, inner_w
 from caltrain.records.commitment import PartyName, ShardId
 from caltrain.records.schema import DataSchema, check_schema
 from caltrain.records.shard import MAX_SHARD_RECORDS
+from caltrain.training.augment import check_augment
 from caltrain.training.spec import CenterSpec, TrainingSpec
 
 MAX_PLAN_BYTES = 1 << 20
@@ -216,6 +217,7 @@ def check_plan(plan: Plan) -> Plan:
             step="check plan",
             fix=f"Cut so that they take at most {MAX_RELEASE} bytes in all: the run could not be released.",
         )
+    check_augment(plan.training.augment, plan.data.shape, plan.model.size)
     _check_center(plan)
     people: list[Party | User] = [*plan.parties, *plan.users]
     for kind, values in (("name", [p.name for p in people]), ("public_key", [p.public_key for p in people])):

@@ -28,6 +28,7 @@ from caltrain.training.spec import TrainingSpec
 from support.world import CLASSES, MODEL, SHAPE, pictures
 
 SECONDS = 120
+LABELS = np.arange(16) % len(CLASSES)
 PROGRAM = Path(__file__).with_name("host_program.py")
 
 
@@ -42,52 +43,63 @@ def eventually(true: Callable[[], bool], what: str, *, seconds: float = SECONDS)
 class Company:
     """Alpha and beta join a host's run in threads; `results` and `errors` are what came of it."""
 
-    def __init__(self, folder: Path, *, epochs: int, confined: bool = True) -> None:
-        self.folder = folder
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        epochs: int,
+        confined: bool = True,
+        change: Callable[[Plan], Plan] = lambda plan: plan,
+        death: str = "",
+    ) -> None:
+        self.folder, self._confined = folder, confined
         self.parties = [create_identity(folder / name, name) for name in ("alpha", "beta")]
         self.user = create_identity(folder / "una", "una")
         self.root, measurement = SigningKey(), measure_enclave()
-        self.plan = check_plan(
-            Plan(
-                version=1,
-                name="tiny",
-                model=MODEL,
-                partition=Partition(front=2, head=2),
-                data=DataSchema(shape=SHAPE, classes=CLASSES),
-                training=TrainingSpec(epochs=epochs, batch=8, learning_rate=0.05, threads=1),
-                parties=tuple(Party(name=p.name, public_key=p.signer.public) for p in self.parties),
-                users=(User(name="una", public_key=self.user.signer.public, may=("predict", "trace"), budget=100),),
-                enclave=EnclaveSpec(measurement=measurement),
-                trace=TraceSpec(neighbours=3, suspicion_neighbours=3),
-            )
+        plan = Plan(
+            version=1,
+            name="tiny",
+            model=MODEL,
+            partition=Partition(front=2, head=2),
+            data=DataSchema(shape=SHAPE, classes=CLASSES),
+            training=TrainingSpec(epochs=epochs, batch=8, learning_rate=0.05, threads=1),
+            parties=tuple(Party(name=p.name, public_key=p.signer.public) for p in self.parties),
+            users=(User(name="una", public_key=self.user.signer.public, may=("predict", "trace"), budget=100),),
+            enclave=EnclaveSpec(measurement=measurement),
+            trace=TraceSpec(neighbours=3, suspicion_neighbours=3),
         )
+        self.plan = check_plan(change(plan))
         self.policy = Policy(measurements=(measurement,), allow_simulated=True, simulated_roots=(self.root.public,))
-        for seed, party in enumerate(self.parties):
-            labels = np.arange(16) % len(CLASSES)
-            seal_records(party, self.plan.data, pictures(16, seed=seed), labels, shard_records=8)
+        self.sealed = [
+            seal_records(party, self.plan.data, pictures(16, seed=seed), LABELS, shard_records=8)
+            for seed, party in enumerate(self.parties)
+        ]
         self.results: dict[str, RunManifest] = {}
         self.errors: dict[str, Exception] = {}
+        self.steps: dict[str, list[str]] = {party.name: [] for party in self.parties}
         self._threads: list[threading.Thread] = []
-        self._serve(confined=confined)
-
-    def _serve(self, *, confined: bool) -> None:
         (self.folder / "plan.json").write_bytes(msgspec.json.encode(self.plan))
         (self.folder / "root").write_bytes(self.root.private_bytes())
-        arguments = [str(self.folder / name) for name in ("plan.json", "host", "root")]
-        with (self.folder / "host.log").open("wb") as log:
+        self.port, self.patience = "0", float(SECONDS)
+        self.serve(*([death] if death else []))
+
+    def serve(self, *more: str) -> None:
+        """Start the host, again at the same port; `more` is what `host_program` takes."""
+        arguments = [str(self.folder / name) for name in ("plan.json", "host", "root")] + [self.port, *more]
+        with (self.folder / "host.log").open("ab") as log:
             self.process = subprocess.Popen(
                 [sys.executable, str(PROGRAM), *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=log,
                 # Without a PATH there is no bubblewrap to be found.
-                env=os.environ | ({} if confined else {"PATH": "/nonexistent"}),
+                env=os.environ | ({} if self._confined else {"PATH": "/nonexistent"}),
                 start_new_session=True,
             )
         assert self.process.stdout is not None
-        port = self.process.stdout.readline().decode().strip()
-        assert port, (self.folder / "host.log").read_text()
-        self.url = f"http://127.0.0.1:{port}"
+        self.port = self.process.stdout.readline().decode().strip()
+        assert self.port, (self.folder / "host.log").read_text()
+        self.url = f"http://127.0.0.1:{self.port}"
 
     @property
     def store(self) -> Path:
@@ -111,7 +123,13 @@ class Company:
             try:
                 with self.client() as client:
                     self.results[party.name] = join(
-                        client, self.plan, party, self.policy, clock=lambda: datetime.now(UTC), seconds=SECONDS
+                        client,
+                        self.plan,
+                        party,
+                        self.policy,
+                        clock=lambda: datetime.now(UTC),
+                        seconds=self.patience,
+                        on_step=self.steps[party.name].append,
                     )
             except Exception as error:  # noqa: BLE001  # whatever it is, the test looks at it
                 self.errors[party.name] = error
@@ -149,14 +167,18 @@ class Company:
         return pid
 
     def end(self) -> None:
-        """Leave no process behind."""
+        """Leave no process behind; those who join do not wait for another host."""
+        self.stop()
+        self.joined()
+
+    def stop(self) -> None:
+        """End the host and its enclave at once, by signal."""
         children = self.descendants()
         self.process.kill()
         self.process.wait()
         if self.process.stdout is not None:
             self.process.stdout.close()
         eventually(lambda: not any(alive(pid) for pid in children), "no process is left", seconds=30)
-        self.joined()
 
 
 def alive(pid: int) -> bool:

@@ -10,24 +10,49 @@ import torch
 
 from caltrain.boundary.messages import Answer, Write
 from caltrain.enclave.run import State, present
-from caltrain.models.spec import Deepen
+from caltrain.models.layers import Conv, Dropout, Flatten, Linear, MaxPool
+from caltrain.models.spec import Deepen, ModelSpec
 from caltrain.models.weights import state_of
 from caltrain.plan import Plan
 from caltrain.training.spec import CenterSpec
-from support.world import Change, World
+from support.world import CLASSES, Change, World
+
+DEEP = ModelSpec(
+    layers=(
+        Conv(filters=4, batch_norm=True),
+        MaxPool(),
+        Conv(filters=4),
+        Conv(filters=4, batch_norm=True),
+        Dropout(p=0.25),
+        Conv(filters=4),
+        Flatten(),
+        Linear(units=len(CLASSES)),
+    )
+)
+"""A model whose cut can move: FrontNets of 2, 3, 4 or 5 layers, HeadNets of 0 to 2."""
 
 
 def planned(
-    *, rate: float = 0.0, steps: int = 0, deepen: tuple[Deepen, ...] = (), quorum: int = 0, length: int = 2, **more: Any
+    *,
+    rate: float = 0.0,
+    steps: int = 0,
+    deepen: tuple[tuple[int, int], ...] = (),
+    quorum: int = 0,
+    length: int = 2,
+    model: ModelSpec | None = None,
+    **more: Any,
 ) -> Change:
-    """A plan with an audit, checkpoints every `steps`, a schedule of cuts, a quorum; `more` goes to its training."""
+    """A plan with an audit, checkpoints every `steps`, (epoch, front) of a schedule, a quorum; `more` of training."""
+
+    schedule = tuple(Deepen(epoch=epoch, front=front) for epoch, front in deepen)
 
     def change(plan: Plan) -> Plan:
         return msgspec.structs.replace(
             plan,
             center=CenterSpec(audit_rate=rate, audit_steps=length),
             training=msgspec.structs.replace(plan.training, checkpoint_steps=steps, **more),
-            partition=msgspec.structs.replace(plan.partition, deepen=deepen),
+            partition=msgspec.structs.replace(plan.partition, deepen=schedule),
+            model=model or plan.model,
             resume_quorum=quorum,
         )
 

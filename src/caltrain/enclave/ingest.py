@@ -20,7 +20,7 @@ from caltrain.enclave.pool import Pool, PoolPlace, PoolShape, Rows
 from caltrain.enclave.run import Course, Run, State, present
 from caltrain.enclave.zones import begin_weights, make_zones
 from caltrain.errors import DataError, IntegrityError, LineageError
-from caltrain.plan import ManifestShard, Plan, RunManifest
+from caltrain.plan import ManifestParty, ManifestShard, Plan, RunManifest
 from caltrain.records import shard as shards
 from caltrain.records.commitment import RecordRef, commit
 from caltrain.records.schema import DataSchema, decode_record
@@ -29,6 +29,27 @@ from caltrain.records.schema import DataSchema, decode_record
 _PLACE = np.dtype([("party", "<u4"), ("shard", "<u4"), ("leaf", "<u4"), ("label", "<u4")])
 _HEAD = _PLACE.itemsize + 32
 _CHUNK = 1 << 20
+
+
+class Seen:
+    """The records of one contributor by 16 bytes of their digests, and nothing else: sorted once, at the end.
+
+    Beside the pool it is all of ingest that grows with the records; a set would take about 100 bytes for each.
+    """
+
+    def __init__(self) -> None:
+        self._keys = bytearray()
+
+    def add(self, record: bytes) -> None:
+        """One more, as canonical bytes."""
+        self._keys += shards.record_key(record)
+
+    def repeated(self) -> int | None:
+        """The number of the first record that was there before, counted from 0 in the order in which they came."""
+        keys = np.frombuffer(self._keys, "S16")
+        order = np.argsort(keys, kind="stable")
+        again = order[1:][keys[order[1:]] == keys[order[:-1]]]
+        return int(again.min()) if len(again) else None
 
 
 def ingest(run: Run, message: Ingest) -> tuple[Done, State]:
@@ -47,13 +68,14 @@ def ingest(run: Run, message: Ingest) -> tuple[Done, State]:
     pools = {False: make_pool(run, "pool"), True: make_pool(run, "held-out")}
     taken, total = 0, manifest.records() + manifest.records(held_out=True)
     for party_index, party in enumerate(manifest.parties):
-        seen: set[bytes] = set()
+        seen = Seen()
         for shard_index, entry in enumerate(party.shards):
             place = (party_index, shard_index)
             for row in _shard_rows(run, plan, RecordRef(party.name, entry.shard, 0), entry, place, seen):
                 pools[entry.held_out].append(row)
             taken += entry.records
             run.door.progress("ingest", taken, total)
+        _refuse_duplicates(party, seen)
     for pool in pools.values():
         pool.finish()
     run.pool, run.held_out = pools[False], pools[True] if pools[True].shape.records else None
@@ -82,7 +104,7 @@ def start_training(run: Run, course: Course, audited: tuple[int, int]) -> None:
 
 
 def _shard_rows(
-    run: Run, plan: Plan, first: RecordRef, entry: ManifestShard, place: tuple[int, int], seen: set[bytes]
+    run: Run, plan: Plan, first: RecordRef, entry: ManifestShard, place: tuple[int, int], seen: Seen
 ) -> Iterator[bytes]:
     """Rows of one shard, each checked; raises with the shard and its party named."""
     step = f"ingest shard {first.shard} of {first.party}"
@@ -105,7 +127,7 @@ def _shard_rows(
         commitment = commit(RecordRef(first.party, first.shard, leaf), salt=salt, record=record)
         tree.append(commitment)
         elements, label = _decode(plan.data, record, leaf, step)
-        _refuse_duplicate(record, seen, leaf, step)
+        seen.add(record)
         head = np.array((*place, leaf, label), dtype=_PLACE).tobytes()
         yield head + commitment + elements.tobytes()
     if not same(to_text(tree.root()), entry.root):
@@ -131,16 +153,18 @@ def _decode(schema: DataSchema, record: bytes, leaf: int, step: str) -> tuple[ND
         raise DataError(error.code, f"leaf {leaf}: {error.what}", step=step, fix=error.fix) from None
 
 
-def _refuse_duplicate(record: bytes, seen: set[bytes], leaf: int, step: str) -> None:
-    key = shards.record_key(record)
-    if key in seen:
-        raise DataError(
-            "ingest.duplicate-record",
-            f"leaf {leaf} repeats a record of the same contributor",
-            step=step,
-            fix="The contributor removes the copy and seals again.",
-        )
-    seen.add(key)
+def _refuse_duplicates(party: ManifestParty, seen: Seen) -> None:
+    """A record twice, in one shard of the party's or in two, would count twice."""
+    at = seen.repeated()
+    for entry in party.shards:
+        if at is not None and at < entry.records:
+            raise DataError(
+                "ingest.duplicate-record",
+                f"leaf {at} repeats a record of the same contributor",
+                step=f"ingest shard {entry.shard} of {party.name}",
+                fix="The contributor removes the copy and seals again.",
+            )
+        at = None if at is None else at - entry.records
 
 
 def _element_bytes(schema: DataSchema) -> int:

@@ -13,7 +13,7 @@ import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 import msgspec
 import numpy as np
@@ -27,6 +27,7 @@ from caltrain.errors import IntegrityError
 _BLOCK_BYTES = 1 << 20
 _PART_BYTES = 8 << 20
 Rows = NDArray[np.uint8]
+Order = NDArray[np.integer[Any]]
 
 
 @dataclass(frozen=True)
@@ -111,8 +112,12 @@ class Pool:
     def rows(self, start: int, stop: int) -> Rows:
         """Rows `start` to `stop` (start at a block's beginning) of the present generation: (n, row_bytes)."""
         cipher = self._cipher("pool", self.place)
-        blocks = [self._read_block(cipher, i) for i in range(start // self.shape.block, self._blocks(stop))]
-        return np.frombuffer(b"".join(blocks), np.uint8).reshape(-1, self.shape.row_bytes)[: stop - start]
+        found = np.empty((stop - start, self.shape.row_bytes), np.uint8)
+        for i in range(start // self.shape.block, self._blocks(stop)):
+            block = np.frombuffer(self._read_block(cipher, i), np.uint8).reshape(-1, self.shape.row_bytes)
+            at = i * self.shape.block - start
+            found[at : at + len(block)] = block[: stop - start - at]
+        return found
 
     def batches(self, size: int, *, first: int = 0, whole: bool = True) -> Iterator[Rows]:
         """Batches of `size` rows in order, from batch `first` on; a rest that fills none only unless `whole`."""
@@ -129,35 +134,32 @@ class Pool:
 
     # -- shuffling -----------------------------------------------------------------------------------------------
 
-    def shuffle(self, order: NDArray[np.int64]) -> None:
-        """Write the next generation: its row i is row `order[i]` of the present one."""
+    def shuffle(self, order: Order) -> None:
+        """Write the next generation: its row i is row `order[i]` of the present one.
+
+        Beside `order` and its inverse memory does not grow with the records: one part is held, and what waits for the
+        next cells.
+        """
         coming = PoolPlace(self.generation + 1, os.urandom(32))
         if self.shape.parts == 1:
             self._write_part(coming, 0, self.rows(0, self.shape.records)[order])
         else:
             target = np.empty_like(order)
-            target[order] = np.arange(len(order))
+            target[order] = np.arange(len(order), dtype=order.dtype)
             cells = self._distribute(target, coming)
             for bucket in range(self.shape.parts):
                 self._write_part(coming, bucket, self._collect(bucket, cells, coming))
         self.place = coming
 
-    def _distribute(self, target: NDArray[np.int64], coming: PoolPlace) -> int:
+    def _distribute(self, target: Order, coming: PoolPlace) -> int:
         """Pass 1: send every row, with its place, to the cell of its bucket. Returns the cells of a bucket."""
         shape = self.shape
         cipher = self._cipher("cells", coming)
         stash = [_empty(8 + shape.row_bytes) for _ in range(shape.parts)]
         for turn in range(shape.parts + 1):
-            start, stop = turn * shape.part, min((turn + 1) * shape.part, shape.records)
-            if turn < shape.parts:
-                placed = _with_place(self.rows(start, stop), target[start:stop])
-                bucket_of = target[start:stop] // shape.part
-            for bucket in range(shape.parts):
-                queue = stash[bucket]
-                if turn < shape.parts:
-                    queue = np.concatenate((queue, placed[bucket_of == bucket]))
-                cell, stash[bucket] = queue[: shape.cell], queue[shape.cell :]
-                self._write_cell(cipher, turn * shape.parts + bucket, cell)
+            for bucket, queue in enumerate(self._queues(turn, target, stash)):
+                self._write_cell(cipher, turn * shape.parts + bucket, queue[: shape.cell])
+                stash[bucket] = queue[shape.cell :].copy()  # a view would keep the whole queue
         if any(len(rows) for rows in stash):
             raise IntegrityError(
                 "pool.overflow",
@@ -167,19 +169,29 @@ class Pool:
             )
         return shape.parts + 1
 
+    def _queues(self, turn: int, target: Order, stash: list[Rows]) -> Iterator[Rows]:
+        """For each bucket what waits for it, and its rows of part `turn`; after the last part there are none."""
+        shape, start = self.shape, turn * self.shape.part
+        places = target[start : start + shape.part]
+        rows = self.rows(start, start + len(places)) if len(places) else _empty(shape.row_bytes)
+        bucket_of = places // shape.part
+        for bucket, waiting in enumerate(stash):
+            here = bucket_of == bucket
+            yield np.concatenate((waiting, _with_place(rows[here], places[here])))
+
     def _collect(self, bucket: int, cells: int, coming: PoolPlace) -> Rows:
         """Pass 2: the rows of one bucket in their order."""
         cipher, shape = self._cipher("cells", coming), self.shape
-        size = shape.cell * (8 + shape.row_bytes)
-        found: list[Rows] = []
+        size, start = shape.cell * (8 + shape.row_bytes), bucket * shape.part
+        found = np.empty((min(shape.part, shape.records - start), shape.row_bytes), np.uint8)
         for turn in range(cells):
             index = turn * shape.parts + bucket
             sealed = self._door.read(f"{self._name}-cells", offset=index * (size + TAG_BYTES), length=size + TAG_BYTES)
             plain = cipher.unseal(index, sealed, step="shuffle pool")
             rows = np.frombuffer(plain, np.uint8).reshape(shape.cell, -1)
-            found.append(rows[_places(rows) >= 0])
-        placed = np.concatenate(found)
-        return placed[np.argsort(_places(placed))][:, 8:]
+            places = _places(rows)
+            found[places[places >= 0] - start] = rows[places >= 0, 8:]
+        return found
 
     def _write_cell(self, cipher: FrameCipher, index: int, rows: Rows) -> None:
         cell = np.zeros((self.shape.cell, 8 + self.shape.row_bytes), np.uint8)
@@ -224,11 +236,16 @@ class Pool:
         return self.shape.block * self.shape.row_bytes
 
 
+def smallest(order: Order) -> Order:
+    """The same numbers in as few bytes as they take: 4 for each up to 4 thousand million records."""
+    return order.astype(np.min_scalar_type(len(order)))
+
+
 def _empty(width: int) -> Rows:
     return np.empty((0, width), np.uint8)
 
 
-def _with_place(rows: Rows, place: NDArray[np.int64]) -> Rows:
+def _with_place(rows: Rows, place: Order) -> Rows:
     prefix = np.ascontiguousarray(place, dtype="<i8").view(np.uint8).reshape(-1, 8)
     return np.concatenate((prefix, rows), axis=1)
 

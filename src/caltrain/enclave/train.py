@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-import numpy as np
 import torch
 
 from caltrain.boundary.channel import Tensors
@@ -19,12 +18,13 @@ from caltrain.enclave.audit import Crossing, check_end, repeat
 from caltrain.enclave.checkpoint import write_checkpoint
 from caltrain.enclave.ingest import unpack
 from caltrain.enclave.measure import measure
-from caltrain.training.prefetch import Prefetch
+from caltrain.enclave.pool import smallest
 from caltrain.enclave.run import Batch, Course, Run, State, present
 from caltrain.enclave.zones import center_zone, same_center, shown_center
 from caltrain.errors import DataError, ProtocolError
 from caltrain.models.spec import cut_shapes
 from caltrain.training.batches import augment, normalise
+from caltrain.training.prefetch import Prefetch
 from caltrain.training.seeds import Draws, epoch_order
 from caltrain.training.zone import At
 
@@ -76,8 +76,8 @@ def _check_place(run: Run, course: Course, message: Train) -> None:
 def _begin_epoch(run: Run, course: Course) -> None:
     course.loss = 0.0
     records = present(run.manifest).records()
-    order = epoch_order(records, seed=run.seeds.order, epoch=course.epoch)
-    present(run.pool).shuffle(order.numpy().astype(np.int64))
+    order = epoch_order(records, seed=run.seeds.order, epoch=course.epoch).numpy()
+    present(run.pool).shuffle(smallest(order))
 
 
 def _end_epoch(run: Run, course: Course) -> tuple[Measured | None, State]:

@@ -40,6 +40,7 @@ class Center:
         self._device = device or Device.cpu()
         self._steps = records // plan.training.batch
         self._kept: dict[tuple[int, int], State] = {}
+        self._half_way = False
         self.zone = self._make(plan.partition.front if front is None else front)
 
     def _make(self, front: int) -> Zone:
@@ -59,7 +60,8 @@ class Center:
     def take(self, head: TensorHead, tensors: Tensors, channel: Channel) -> None:
         """Tensors of a step. Two-way: the IR, then labels. Ternary: the IR, then the HeadNet's gradient."""
         ternary, at = self._plan.partition.head > 0, At(head.epoch, head.step, self._steps)
-        tensors = self._device.bring(tensors)
+        self._expect(head.role, len(tensors))
+        tensors, self._half_way = self._device.bring(tensors), head.role == "ir"
         with self._device.computing():
             match head.role:
                 case "ir":
@@ -70,13 +72,21 @@ class Center:
                     self._send(channel, self.zone.infer(tensors), "eval-out", head)
                 case "labels" if not ternary:
                     grads, loss = self.zone.backward_from_labels(tensors[0], at=at)
-                    if grads:
-                        self._send(channel, [torch.tensor([loss])], "loss", head)
+                    self._send(channel, [torch.tensor([loss])], "loss", head)
                     self._send(channel, grads, "ir-grad", head)
                 case "center-grad" if ternary:
                     self._send(channel, self.zone.backward(tensors, at=at), "ir-grad", head)
                 case role:
                     raise refuse(f"{role} has no place in this run")
+
+    def _expect(self, role: Role, count: int) -> None:
+        """Refuse what is not as many tensors as cross at that end, and the second half of a step without its first."""
+        takes, gives = len(self.zone.module.takes), len(self.zone.module.gives)
+        due = {"ir": takes, "eval-ir": takes, "labels": 1, "center-grad": gives}
+        if count != due.get(role, count):
+            raise refuse(f"{count} tensors of {role}, {due[role]} cross there")
+        if role in {"labels", "center-grad"} and not self._half_way:
+            raise refuse(f"{role} before its forward pass")
 
     def commit(self, epoch: int, step: int) -> bytes:
         """Digest (32 bytes) of the state before that step, which is kept until the next but one commitment."""
@@ -121,8 +131,6 @@ class Center:
         return encode_state(state_of(self.zone.module))
 
     def _send(self, channel: Channel, tensors: Sequence[Tensor], role: Role, head: TensorHead) -> None:
-        if not tensors:
-            raise refuse(f"{role} before its forward pass")
         back = self._device.take_back(tensors)
         channel.send_tensors(back, role=role, run=head.run, epoch=head.epoch, step=head.step)
 

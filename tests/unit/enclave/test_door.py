@@ -3,26 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
-from caltrain.boundary.channel import Channel
 from caltrain.boundary.messages import (
     MAX_CHUNK,
     REPLIES_AND_CALLS,
-    Answer,
     CallFailed,
     CommitCenter,
     Data,
     Message,
     Progress,
     Read,
+    ShowCenter,
     Write,
 )
-from caltrain.boundary.tensors import Role
 from caltrain.enclave.door import Door
 from caltrain.errors import EnvironmentFault, ProtocolError
 from support.ends import ends
@@ -101,7 +97,9 @@ def test_reading_up_to_a_length_ends_with_the_object_and_never_exceeds_it() -> N
         lambda door: door.read("a", offset=0, length=1),
         lambda door: door.read_up_to("a", offset=0, length=1),
         lambda door: door.write("a", b"x", offset=0),
-        lambda door: door.commit_center(0),
+        lambda door: door.commit_center(0, 1),
+        lambda door: door.show_center(0, 1, limit=100),
+        lambda door: door.read_all("a", limit=10),
     ],
 )
 def test_what_the_host_could_not_do_is_raised_as_it_reports_it(call: Callable[[Door], object]) -> None:
@@ -109,6 +107,7 @@ def test_what_the_host_could_not_do_is_raised_as_it_reports_it(call: Callable[[D
     host.on_read = lambda _call: CallFailed(FULL)
     host.on_write = lambda _call: CallFailed(FULL)
     host.on_commit = lambda _call: CallFailed(FULL)
+    host.on_show = lambda _call: CallFailed(FULL)
     with pytest.raises(EnvironmentFault, match=r"^storage\.full: the disk is full"):
         call(Door(host.enclave_channel))
 
@@ -118,11 +117,70 @@ def test_a_commitment_is_32_bytes(size: int) -> None:
     host = MemoryHost()
     door = Door(host.enclave_channel)
     host.on_commit = lambda _call: Data(pattern(32))
-    assert door.commit_center(5) == pattern(32)
-    assert calls(host) == [CommitCenter(5)]
+    assert door.commit_center(5, 7) == pattern(32)
+    assert door.commit_center(6, 0, durable=True) == pattern(32)
+    assert calls(host) == [CommitCenter(5, 7), CommitCenter(6, 0, durable=True)]
     host.on_commit = lambda _call: Data(bytes(size))
     with pytest.raises(ProtocolError, match=rf"^center\.no-commitment: .*{size} bytes"):
-        door.commit_center(5)
+        door.commit_center(5, 7)
+
+
+@pytest.mark.parametrize("size", [0, 7, 9, 32])
+def test_the_length_of_a_shown_center_is_8_bytes(size: int) -> None:
+    host = MemoryHost()
+    host.on_show = lambda _call: Data(bytes(size))
+    with pytest.raises(ProtocolError, match=rf"^center\.no-commitment: .*{size} bytes"):
+        Door(host.enclave_channel).show_center(5, 7, limit=100)
+
+
+@pytest.mark.parametrize("length", [101, 1 << 32, (1 << 64) - 1])
+def test_a_shown_center_beyond_the_limit_is_not_read(length: int) -> None:
+    host = MemoryHost()
+    host.on_show = lambda _call: Data(length.to_bytes(8, "big"))
+    with pytest.raises(ProtocolError, match=rf"^center\.too-large: a CenterNet of {length} bytes"):
+        Door(host.enclave_channel).show_center(5, 7, limit=100)
+    assert calls(host) == [ShowCenter(5, 7)]
+
+
+def test_a_shown_center_up_to_the_limit_is_read() -> None:
+    host = MemoryHost()
+    host.storage["center-state"] = bytearray(pattern(120))
+    host.on_show = lambda _call: Data((100).to_bytes(8, "big"))
+    assert Door(host.enclave_channel).show_center(5, 7, limit=100) == pattern(100)
+
+
+@pytest.mark.parametrize("size", [0, 1, 10])
+def test_a_whole_object_is_read_up_to_the_limit(size: int) -> None:
+    host = MemoryHost()
+    host.storage["a"] = bytearray(pattern(size))
+    assert Door(host.enclave_channel).read_all("a", limit=10) == pattern(size)
+
+
+def test_a_whole_object_of_many_chunks_is_read() -> None:
+    host = MemoryHost()
+    host.storage["a"] = bytearray(pattern(2 * MAX_CHUNK + 5))
+    assert Door(host.enclave_channel).read_all("a", limit=3 * MAX_CHUNK) == pattern(2 * MAX_CHUNK + 5)
+
+
+def test_an_object_without_end_is_refused_at_the_limit() -> None:
+    host = MemoryHost()
+    host.on_read = lambda call: Data(bytes(call.length))
+    with pytest.raises(ProtocolError, match=r"^storage\.too-long: "):
+        Door(host.enclave_channel).read_all("a", limit=2 * MAX_CHUNK)
+    assert len(calls(host)) == 3
+
+
+def test_storage_has_a_stream_of_its_own_where_there_is_one() -> None:
+    host, center = MemoryHost(), MemoryHost()
+    center.on_commit = lambda _call: Data(pattern(32))
+    door = Door(center.enclave_channel, host.enclave_channel)
+    door.write("a", b"bytes", offset=0)
+    assert door.read("a", offset=0, length=5) == b"bytes"
+    assert door.commit_center(1, 2) == pattern(32)
+    assert [type(call) for call in calls(host)] == [Write, Read]
+    assert [type(call) for call in calls(center)] == [CommitCenter]
+    assert door.reads_ahead
+    assert not Door(host.enclave_channel).reads_ahead
 
 
 def test_progress_is_told_and_not_answered() -> None:
@@ -133,87 +191,6 @@ def test_progress_is_told_and_not_answered() -> None:
 
 def test_a_tensor_in_answer_to_a_call_is_refused() -> None:
     with ends() as (host, enclave):
-        host.send_tensor(torch.ones(1), role="loss", run=RUN, epoch=0, step=0)
+        host.send_tensors([torch.ones(1)], role="loss", run=RUN, epoch=0, step=0)
         with pytest.raises(ProtocolError, match=r"^door\.unexpected: "):
             Door(enclave).read("a", offset=0, length=1)
-
-
-# --- tensors ---------------------------------------------------------------------------------------------------
-
-
-def answer(
-    host: Channel, tensor: Tensor, *, role: Role = "ir-grad", run: str = RUN, epoch: int = 1, step: int = 2
-) -> None:
-    host.send_tensor(tensor, role=role, run=run, epoch=epoch, step=step)
-
-
-def exchange(enclave: Channel, outgoing: dict[Role, Tensor] | None = None) -> Tensor:
-    return Door(enclave).exchange(outgoing or {}, due="ir-grad", shape=(2, 3), run=RUN, epoch=1, step=2)
-
-
-@pytest.mark.parametrize("slot_bytes", [None, 24, 8])
-def test_tensors_go_out_in_order_and_the_one_that_is_due_comes_in(slot_bytes: int | None) -> None:
-    with ends(slot_bytes=slot_bytes) as (host, enclave):
-        answer(host, torch.arange(6.0).reshape(2, 3))
-        got = exchange(enclave, {"ir": torch.ones(2, 2), "labels": torch.tensor([3, 4])})
-        assert torch.equal(got, torch.arange(6.0).reshape(2, 3))
-        sent: list[Any] = [host.receive_any(REPLIES_AND_CALLS) for _ in range(2)]
-    assert [(h.role, h.run, h.epoch, h.step) for h, _ in sent] == [("ir", RUN, 1, 2), ("labels", RUN, 1, 2)]
-    assert torch.equal(sent[0][1], torch.ones(2, 2))
-    assert torch.equal(sent[1][1], torch.tensor([3, 4]))
-
-
-def spoilt(value: float) -> Tensor:
-    tensor = torch.zeros(2, 3)
-    tensor[1, 2] = value
-    return tensor
-
-
-@pytest.mark.parametrize(
-    "tensor",
-    [
-        spoilt(float("nan")),
-        spoilt(float("inf")),
-        spoilt(float("-inf")),
-        torch.zeros(3, 2),
-        torch.zeros(6),
-        torch.zeros(1, 2, 3),
-        torch.zeros(2, 4),
-        torch.zeros((2, 3), dtype=torch.int64),
-    ],
-    ids=lambda t: f"{tuple(t.shape)} {t.dtype} {t.sum()}",
-)
-@pytest.mark.parametrize("slot_bytes", [None, 64])
-def test_a_tensor_that_is_not_finite_float32_of_the_due_shape_is_refused(
-    tensor: Tensor, slot_bytes: int | None
-) -> None:
-    with ends(slot_bytes=slot_bytes) as (host, enclave):
-        answer(host, tensor)
-        with pytest.raises(ProtocolError, match=r"^tensor\.malformed: .*expected finite float32 of \(2, 3\)"):
-            exchange(enclave)
-
-
-@pytest.mark.parametrize(
-    "place", [{"role": "center-out"}, {"run": "cd" * 16}, {"epoch": 0}, {"step": 1}, {"step": 3}], ids=str
-)
-def test_a_tensor_of_another_place_is_refused(place: dict[str, Any]) -> None:
-    with ends() as (host, enclave):
-        answer(host, torch.zeros(2, 3), **place)
-        with pytest.raises(ProtocolError, match=r"^door\.unexpected: "):
-            exchange(enclave)
-
-
-@pytest.mark.parametrize(
-    ("instead", "error"),
-    [
-        (CallFailed(FULL), r"^storage\.full: the disk is full"),
-        (Data(bytes(24)), r"^tensor\.malformed: .*data where a tensor was due"),
-        (CallFailed({}), r"^protocol\.unreadable-error: "),
-    ],
-    ids=["failure", "data", "unreadable failure"],
-)
-def test_a_message_in_place_of_the_tensor_is_an_error(instead: Answer, error: str) -> None:
-    with ends() as (host, enclave):
-        host.send(instead)
-        with pytest.raises((ProtocolError, EnvironmentFault), match=error):
-            exchange(enclave)

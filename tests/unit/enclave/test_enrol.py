@@ -19,13 +19,14 @@ from caltrain.crypto import hpke
 from caltrain.crypto.dsse import Envelope, SigningKey, open_envelope
 from caltrain.enclave import vault
 from caltrain.enclave.run import State
-from caltrain.errors import AttestationError
+from caltrain.errors import AttestationError, EnvironmentFault
 from caltrain.plan import ManifestParty, Plan, RunManifest
 from caltrain.records.shard import key_id
 from caltrain.training.seeds import run_seed
 from support.world import MEASUREMENT, PARTIES, World
 
 OTHER_KEY = hpke.HpkePrivateKey()
+FULL = EnvironmentFault("storage.full", "the disk is full", step="write", fix="Free space.").diagnostics()
 Attack = Callable[[World], m.Request]
 
 
@@ -427,7 +428,7 @@ def test_one_party_signing_often_does_not_stand_for_the_others() -> None:
     for _ in range(len(PARTIES) + 1):
         world.done(m.Countersign("alpha", envelope))
     assert world.run.state is State.AGREEING
-    assert not world.host.storage  # no checkpoint: the run has not begun
+    assert "checkpoint-0" not in world.host.storage  # the run has not begun
     assert [event.kind for event in world.chain()].count("countersignature") == 1
 
 

@@ -59,7 +59,7 @@ def test_no_inner_weight_ever_comes_out_in_clear(head: int) -> None:
     world.run_to(State.LINKED)
     came_out = bytes(world.host.enclave_end.sent) + b"".join(world.released.values())
     came_out += msgspec.json.encode(world.statements) + b"".join(world.suspicion.values())
-    assert len(seen) == 3 * (8 if head else 6)
+    assert len(seen) == 3 * (7 if head else 5)
     assert not [raw for raw in seen if raw in came_out and any(raw)]
 
 

@@ -20,12 +20,13 @@ from caltrain.enclave.run import State
 from caltrain.errors import EnvironmentFault, IntegrityError, ProtocolError
 from caltrain.host.center import Center
 from caltrain.models.layers import Conv, Flatten, Linear, Shortcut
-from caltrain.models.network import Network, build, set_draws
+from caltrain.models.network import Network, build, lay_out, set_draws
 from caltrain.models.spec import Deepen, ModelSpec, Partition, zone_ranges
 from caltrain.models.weights import decode_state, model_digest, state_of
 from caltrain.plan import Plan
 from caltrain.training.plain import train_plain
 from caltrain.training.seeds import Draws, RunSeeds, initialise
+from caltrain.training.spec import InitialWeights
 from caltrain.training.zone import MOMENTUM
 from support.samples import refused
 from support.wire import MemorySocket, memory_socketpair
@@ -58,11 +59,11 @@ class Bench:
             sent.append(got)
         return sent
 
-    def refuses(self, role: Role, tensor: Tensor) -> None:
+    def refuses(self, role: Role, *tensors: Tensor) -> None:
         """It raises and sends nothing, and its weights are as they were."""
         before = self.center.commit(1, 2)
         with pytest.raises(ProtocolError) as raised:
-            self.take(role, tensor)
+            self.take(role, *tensors)
         assert raised.value.code == "tensor.malformed"
         assert not self.end.inbox
         assert self.center.commit(1, 2) == before
@@ -75,6 +76,7 @@ class Bench:
             layers=zone_ranges(self.plan.model, self.plan.partition)[1],
         )
         initialise(zone, SEED)
+        lay_out(zone, channels_last=True)
         set_draws(zone, Draws(SEED, 1, 2))
         leaf = IR.clone().requires_grad_()
         return zone, leaf, zone(leaf)
@@ -129,6 +131,33 @@ def test_a_backward_pass_needs_its_own_forward_pass(head: int, role: Role, tenso
     bench.take("ir", IR)
     assert bench.take(role, tensor)
     bench.refuses(role, tensor)
+
+
+@pytest.mark.parametrize(
+    ("head", "role", "tensor"),
+    [(0, "ir", IR), (2, "ir", IR), (2, "eval-ir", IR), (0, "labels", LABELS), (2, "center-grad", GRAD)],
+)
+@pytest.mark.parametrize("count", [0, 2])
+def test_more_or_fewer_tensors_than_cross_there_are_refused(head: int, role: Role, tensor: Tensor, count: int) -> None:
+    bench = Bench(head=head)
+    if role in {"labels", "center-grad"}:
+        bench.take("ir", IR)
+    bench.refuses(role, *[tensor] * count)
+
+
+def test_a_center_that_is_frozen_sends_gradients_and_stays_as_it_is() -> None:
+    initial = InitialWeights(sha256="sha256:" + "0" * 64, frozen=4)
+
+    def frozen(plan: Plan) -> Plan:
+        return msgspec.structs.replace(plan, training=msgspec.structs.replace(plan.training, initial=initial))
+
+    bench, learning = Bench(head=2, change=frozen), Bench(head=2)
+    before = bench.center.commit(0, 0)
+    for one in (bench, learning):
+        one.take("ir", IR)
+    ((head, (grad,)),), _ = bench.take("center-grad", GRAD), learning.take("center-grad", GRAD)
+    assert (head.role, grad.shape, bool(grad.any())) == ("ir-grad", IR.shape, True)
+    assert bench.center.commit(0, 1) == before != learning.center.commit(0, 1)
 
 
 @pytest.mark.parametrize(("head", "role", "tensor"), [(0, "labels", LABELS), (2, "center-grad", GRAD)])
@@ -319,7 +348,7 @@ JOINED = ModelSpec(
     layers=(
         Conv(filters=4),
         Conv(filters=4),
-        Shortcut(sources=(1, 0)),
+        Shortcut(source=0),
         Conv(filters=4),
         Flatten(),
         Linear(units=3),

@@ -168,6 +168,13 @@ def test_shards_are_listed_by_contributor_and_id(store: Store) -> None:
     assert store.shard_ids("gamma") == set()
 
 
+@pytest.mark.parametrize(("offset", "rest"), [(0, b"0123"), (3, b"3"), (4, b""), (9, b"")])
+def test_a_snapshot_may_begin_where_somebody_stopped_reading(store: Store, offset: int, rest: bytes) -> None:
+    store.put("log.jsonl", b"0123")
+    size, pieces = store.snapshot("log.jsonl", offset=offset)
+    assert (size, b"".join(pieces)) == (len(rest), rest)
+
+
 LEFT = ("chain.jsonl", "manifest.json", "release/alpha", "countersignatures/alpha.json", "enclave.log")
 
 
@@ -180,7 +187,8 @@ def renewed_elsewhere(folder: Path) -> None:
 def test_a_new_run_finds_the_shards_and_nothing_else_of_an_earlier_one(tmp_path: Path) -> None:
     for number in range(2):
         renewed_elsewhere(tmp_path)
-        for name in (*LEFT, "shards/alpha/01", "incoming/half", "pool-0", "pool-cells"):
+        lost = ("pool-0", "pool-cells", "held-out-0", "checkpoint-0", "checkpoint-1")
+        for name in (*LEFT, "shards/alpha/01", "incoming/half", *lost):
             Store(tmp_path).put(name, b"%d" % number)
     renewed_elsewhere(tmp_path)
     aside = {f"earlier/{number}/{name}": b"%d" % number for number in range(2) for name in LEFT}
@@ -199,4 +207,52 @@ def test_two_hosts_cannot_have_one_folder(store: Store) -> None:
     before = tree(store.root)
     with refused(EnvironmentFault, "storage.in-use"):
         Store(store.root).renew()
+    assert tree(store.root) == before
+
+
+# -- a run that is taken up ------------------------------------------------------------------------------------------
+
+WHOLE = b'{"first":1}\n{"second":2}\n'
+
+
+def test_to_take_up_a_run_keeps_all_of_it_but_half_uploads(store: Store) -> None:
+    kept = (*LEFT, "shards/alpha/01", "pool-0", "held-out-1", "checkpoint-0", "center-at-1-0", "center", "plan.json")
+    for name in kept:
+        store.put(name, WHOLE)
+    before = tree(store.root)
+    store.put("incoming/half", b"x")
+    store.renew(resume=True)
+    assert tree(store.root) == before | {"lock": b""}
+
+
+@pytest.mark.parametrize(
+    ("lies", "stays"),
+    [
+        (WHOLE, WHOLE),
+        (WHOLE + b"{", WHOLE),
+        (WHOLE + b'{"third":3}', WHOLE),
+        (WHOLE + b"\n", WHOLE + b"\n"),
+        (b'{"first', b""),
+        (b"", b""),
+    ],
+)
+def test_a_line_that_was_torn_is_dropped_and_no_other(store: Store, lies: bytes, stays: bytes) -> None:
+    store.put("chain.jsonl", lies)
+    store.put("log", b"of somebody else, without a line end")
+    store.renew(resume=True)
+    assert tree(store.root) == {"lock": b"", "chain.jsonl": stays, "log": b"of somebody else, without a line end"}
+
+
+def test_a_folder_without_a_run_is_left_as_it_is(store: Store) -> None:
+    store.renew(resume=True)
+    assert tree(store.root) == {"lock": b""}
+
+
+def test_a_run_that_another_host_serves_is_not_taken_up(store: Store) -> None:
+    store.renew()
+    store.put("chain.jsonl", WHOLE + b"torn")
+    store.put("incoming/upload", b"on its way")
+    before = tree(store.root)
+    with refused(EnvironmentFault, "storage.in-use"):
+        Store(store.root).renew(resume=True)
     assert tree(store.root) == before

@@ -1,0 +1,136 @@
+"""Host, enclave or both are killed at any moment; the run is taken up again and ends with the same bits."""
+
+from __future__ import annotations
+
+import random
+import shutil
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from caltrain.errors import EnvironmentFault, LineageError
+from caltrain.participant.heads import look
+from caltrain.participant.receive import RunRecord, run_folder
+from caltrain.participant.rejoin import rejoin
+from caltrain.plan import CenterSpec, Plan, ReleaseSpec
+from caltrain.training.plain import train_plain
+from caltrain.training.seeds import RunSeeds
+from support.company import LABELS, Company, eventually
+from support.disk import tree
+from support.samples import refused
+from support.world import pictures
+
+pytestmark = pytest.mark.processes
+EPOCHS = 4
+
+
+def resumable(plan: Plan) -> Plan:
+    """Checkpoints in the middle of epochs, an audited center, and the seed for the plain loop."""
+    return msgspec.structs.replace(
+        plan,
+        training=msgspec.structs.replace(plan.training, checkpoint_steps=2),
+        center=CenterSpec(audit_rate=0.5, audit_steps=1),
+        release=ReleaseSpec(reveal_seed=True),
+    )
+
+
+@pytest.fixture
+def companies(tmp_path: Path) -> Iterator[list[Company]]:
+    """Companies that leave no process behind."""
+    made: list[Company] = []
+    yield made
+    for company in made:
+        company.end()
+
+
+def now() -> datetime:
+    return datetime.now(UTC)
+
+
+def give_word(company: Company) -> int:
+    """Every party rejoins; returns how many words were needed."""
+    with company.client() as client:
+        words = [rejoin(client, company.plan, p, company.policy, clock=now, seconds=60) for p in company.parties]
+    return sum(word is not None for word in words)
+
+
+def plain_weights(company: Company) -> dict[str, torch.Tensor]:
+    """What the plain loop makes of the same records, in the manifest's order, with the seed that was revealed."""
+    manifest = company.results["alpha"]
+    raw = (run_folder(company.parties[0], manifest.run) / "run.json").read_bytes()
+    seed = bytes.fromhex(msgspec.json.decode(raw, type=RunRecord).run_seed)
+    pixels, labels = [], []
+    for number, entry in enumerate(manifest.parties):
+        sealed = company.sealed[number]
+        rows = {header.shard: rows for header, rows in zip(sealed.headers, sealed.rows, strict=True)}
+        order = [row for shard in entry.shards for row in rows[shard.shard]]
+        pixels.append(pictures(16, seed=number)[order])
+        labels.append(LABELS[order])
+    plan = company.plan
+    model = train_plain(
+        plan.model,
+        plan.partition,
+        plan.data,
+        plan.training,
+        pixels=torch.from_numpy(np.concatenate(pixels)),
+        labels=torch.from_numpy(np.concatenate(labels)),
+        seeds=RunSeeds.from_run_seed(seed),
+    )
+    return dict(model.state_dict())
+
+
+def same_bits(company: Company) -> None:
+    """Every party's model is, bit for bit, that of the plain loop."""
+    expected = plain_weights(company)
+    for party in company.parties:
+        found = load_file(run_folder(party, company.results[party.name].run) / "model.safetensors")
+        assert found.keys() == expected.keys()
+        assert [n for n, value in expected.items() if not torch.equal(value.contiguous(), found[n])] == []
+
+
+def enclave_gone(company: Company) -> bool:
+    """The host is gone, or says that its enclave is."""
+    if company.process.poll() is not None:
+        return True
+    try:
+        status = company.status()
+    except EnvironmentFault:
+        return False
+    assert status.phase != "linked", "nothing died"
+    return status.error is not None and status.error["code"] == "enclave.died"
+
+
+def live(company: Company, *, death: str) -> None:
+    """Take up the run; with `death`, until it strikes."""
+    company.serve("resume", *([death] if death else []))
+    if not death:
+        give_word(company)
+        return
+    try:
+        give_word(company)
+    except EnvironmentFault:  # it struck while a party rejoined: it will be asked again
+        pass
+
+
+def test_deaths_at_random_moments_change_no_bit(tmp_path: Path, companies: list[Company]) -> None:
+    # Operations of the store up to the countersignatures (none can be resumed before) and from there to the end.
+    draw = random.Random(7)
+    deaths = [f"{who}:{draw.randrange(12, 60)}" for who in ("host", "enclave", "both", "host")]
+    company = Company(tmp_path, epochs=EPOCHS, change=resumable, death=deaths[0])
+    companies.append(company)
+    company.join()
+    for death in [*deaths[1:], ""]:
+        eventually(lambda: enclave_gone(company) or bool(company.errors), "death has come")
+        assert not company.errors, (company.errors, (tmp_path / "host.log").read_text())
+        company.stop()
+        live(company, death=death)
+    company.joined()
+    assert not company.errors, (company.errors, (tmp_path / "host.log").read_text())
+    assert any("does not answer" in step for step in company.steps["alpha"])
+    same_bits(company)
