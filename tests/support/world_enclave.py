@@ -10,8 +10,10 @@ from caltrain.boundary import messages as m
 from caltrain.errors import CaltrainError, EnvironmentFault, from_wire
 from caltrain.host.center import Center
 from caltrain.host.conductor import Conductor
+from caltrain.host.kept import keep_center
 from caltrain.host.launcher import Enclave, OnEvents
 from caltrain.host.store import Store
+from support.memory_host import MemoryHost
 from support.world import MEASUREMENT, World
 
 
@@ -28,6 +30,8 @@ class WorldEnclave:
         if store is not None:
             world.host.on_read = partial(_read, store)
             world.host.on_write = partial(_write, store)
+            world.host.on_commit = partial(_commit, world.host, store)
+            world.host.on_show = partial(_show, world.host, store)
 
     @property
     def center(self) -> Center | None:
@@ -72,6 +76,19 @@ def _read(store: Store, call: m.Read) -> m.Answer:
 def _write(store: Store, call: m.Write) -> m.Answer:
     store.write(call.name, call.data, offset=call.offset)
     return m.Data()
+
+
+def _commit(host: MemoryHost, store: Store, call: m.CommitCenter) -> m.Answer:
+    commitment = host.the_center.commit(call.epoch, call.step)
+    if call.durable:
+        keep_center(store, call.epoch, call.step, host.the_center.committed(call.epoch, call.step))
+    return m.Data(commitment)
+
+
+def _show(host: MemoryHost, store: Store, call: m.ShowCenter) -> m.Answer:
+    state = host.the_center.committed(call.epoch, call.step)
+    store.put("center-state", state)
+    return m.Data(len(state).to_bytes(8, "big"))
 
 
 def attach(conductor: Conductor, world: World) -> WorldEnclave:

@@ -96,6 +96,9 @@ def _chain(run: Run, resuming: Resuming, snapshot: Snapshot, *, head: str) -> tu
     named = [event.body.get("sealed") for event in events if event.kind == "checkpoint"]
     if not named or named[-1] != resuming.digest:
         raise _refuse("resume.older", "the run has a newer checkpoint than this one")
+    caught = [e.body["code"] for e in events if e.kind == "stopped" and str(e.body.get("code")).startswith("audit.")]
+    if caught:
+        raise _refuse("resume.caught", f"the audit stopped the run for good ({caught[0]})")
     return events
 
 
