@@ -23,12 +23,12 @@ from caltrain.training.batches import normalise
 from caltrain.training.plain import train_plain
 from caltrain.training.seeds import RunSeeds
 from support import canary_needles as n
-from support.canary_correlate import likeness
+from support.canary_correlate import likeness, tensors_in
 from support.canary_findings import Finding, findings
 from support.canary_host import Haystack, Place
-from support.canary_replay import replay
+from support.canary_replay import replay, weights
 from support.canary_run import NAMES, RECORDS, Outcome, People, run, unsealed_shard
-from support.canary_search import Needle
+from support.canary_search import LabelVector, Needle
 from support.world import World
 
 pytestmark = pytest.mark.processes
@@ -37,7 +37,7 @@ PLACES: tuple[Place, ...] = get_args(Place)
 SECRET = ("record", "labels", "weights", "secret", "fingerprint", "question")
 ROLES = ("ir", "center-grad")
 TALKING_ENCLAVE = Path(__file__).parents[1] / "support" / "talking_enclave.py"
-MOMENTS = ("train-epoch-0", "center-out-1-2", "release")
+MOMENTS = ("train-0-0", "center-out-1-2", "release")
 KNOWN = [
     *(("center weights", place) for place in ("memory", "disk", "door")),
     *(("center seed", place) for place in ("memory", "door")),
@@ -57,6 +57,7 @@ class Examined:
         self.needles = [*self._secret(), *self._known()]
         parties = {name: slice(i * RECORDS, (i + 1) * RECORDS) for i, name in enumerate(NAMES)}
         vectors = n.label_vectors(self.plan, self.replay, labels=self.labels, parties=parties)
+        vectors.append(LabelVector("held-out records", outcome.people.held_out[1], len(self.plan.data.classes)))
         self.found = findings(outcome.seen, needles=self.needles, vectors=vectors)
 
     def _unsealed(self) -> int:
@@ -67,6 +68,7 @@ class Examined:
     def _secret(self) -> Iterator[Needle]:
         people, seeds = self.outcome.people, self.outcome.seeds
         yield from n.record_needles(self.plan, self.replay, pixels=self.pixels, labels=self.labels, marked=self.marked)
+        yield from n.held_out_needles(self.plan, *map(torch.from_numpy, people.held_out))
         yield from n.weight_needles(self.plan, self.replay)
         yield from n.fingerprint_needles(self.fingerprints)
         yield from n.question_needles(self.plan, torch.from_numpy(people.question))
@@ -113,8 +115,9 @@ def test_the_replay_ends_with_the_released_weights_bit_for_bit(ternary: Examined
         labels=ternary.labels,
         seeds=ternary.outcome.seeds,
     ).state_dict()
-    assert ternary.replay.states[-1].keys() == released.keys() == plain.keys()
-    for name, value in ternary.replay.states[-1].items():
+    last = weights(ternary.replay.states[-1])
+    assert last.keys() == released.keys() == plain.keys()
+    for name, value in last.items():
         bits = n.raw_bytes(value.flatten())
         assert bits == n.raw_bytes(released[name].flatten()) == n.raw_bytes(plain[name].flatten()), name
 
@@ -125,7 +128,8 @@ def test_the_fingerprints_explain_the_reported_suspicion(ternary: Examined) -> N
     scores = torch.empty(len(order))
     scores[order] = label_disagreement(ternary.fingerprints, ternary.labels[order], k=k)
     reports = ternary.outcome.suspicion
-    reported = [s for party in manifest.parties for e in party.shards for s in reports[party.name].of(e.shard)]
+    trained = [(party.name, e.shard) for party in manifest.parties for e in party.shards if not e.held_out]
+    reported = [s for name, shard in trained for s in reports[name].of(shard)]
     assert [round(float(score) * 1000) for score in scores] == reported
 
 
@@ -135,7 +139,19 @@ def test_everything_that_the_host_can_see_was_looked_at(ternary: Examined) -> No
     for moment in (*MOMENTS, "end"):
         assert sum(len(hay.data) for hay in seen if hay.place == "memory" and hay.name.startswith(moment)) > 10_000_000
     files = {hay.name for hay in seen if hay.place == "disk"}
-    assert {"train-epoch-0: pool-0", "center-out-1-2: pool-0", "center-out-1-2: pool-1"} <= files
+    assert {
+        "train-0-0: pool-0",
+        "center-out-1-2: pool-0",
+        "center-out-1-2: pool-1",
+        "center-out-1-2: held-out-1",
+    } <= files
+    assert {"train-0-0: checkpoint-0", "center-out-1-2: checkpoint-1", "release: checkpoint-0"} <= files
+    assert {"train-0-0: center-at-0-0", "center-out-1-2: center-at-1-2", "release: center-state"} <= files
+    door = {hay.name: hay.data for hay in seen if hay.place == "door"}
+    assert door.keys() == {"in", "out", "storage-in", "storage-out"}
+    assert {head.role for head, _ in tensors_in(door["out"])} == {"ir", "center-grad", "eval-ir"}
+    assert {head.role for head, _ in tensors_in(door["in"])} == {"center-out", "ir-grad", "eval-out"}
+    assert b"show-center" in door["out"], "the center was audited"
     assert {"release: center", "end: chain.jsonl", "end: release/alpha", "end: suspicion/alpha"} <= files
     assert ternary.outcome.entropies.keys() == set(NAMES)
     assert all(name.startswith("[v") for name in ternary.outcome.unreadable), ternary.outcome.unreadable
@@ -154,6 +170,12 @@ def test_what_the_host_does_hold_is_found(ternary: Examined, kind: str, place: P
 def test_the_host_sees_nothing_of(ternary: Examined, kind: str, place: Place) -> None:
     assert kind == "labels" or any(needle.kind == kind for needle in ternary.needles)
     assert [f for f in ternary.found if (f.kind, f.place) == (kind, place)] == []
+
+
+def test_the_weights_that_are_searched_for_are_those_of_the_checkpoints_too(ternary: Examined) -> None:
+    names = {needle.name for needle in ternary.needles if needle.kind == "weights"}
+    assert any(name.startswith("momentum/0.") and "after 8 steps" in name for name in names)
+    assert any(name.startswith("0.") and "after 2 steps" in name for name in names)
 
 
 def test_no_outgoing_channel_is_a_picture_of_its_record(ternary: Examined) -> None:
@@ -179,6 +201,11 @@ def test_no_outgoing_channel_is_a_picture_of_its_record(ternary: Examined) -> No
         pytest.param("log", ": enclave.log", "record", " u8", "decimals", id="debug print of a list"),
         pytest.param("disk", ": weights", "weights", "after 8 steps f32", "as it is", id="weights stored in clear"),
         pytest.param("door", "out", "weights", "after 4 steps f32", "as it is", id="weights sent in clear"),
+        pytest.param("disk", ": checkpoint-", "secret", "run seed", "as it is", id="checkpoint with the seed in clear"),
+        pytest.param("disk", ": checkpoint-", "secret", "data key of", "as it is", id="checkpoint with keys in clear"),
+        pytest.param(
+            "disk", ": checkpoint-", "weights", "momentum/", "as it is", id="checkpoint with momentum in clear"
+        ),
         pytest.param("disk", ": notes", "record", " normalised f32", "inflated", id="deflated record"),
     ],
 )

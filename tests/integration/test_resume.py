@@ -6,7 +6,6 @@ import random
 import shutil
 from collections.abc import Iterator
 from datetime import UTC, datetime
-from pathlib import Path
 
 import msgspec
 import numpy as np
@@ -18,9 +17,10 @@ from caltrain.errors import EnvironmentFault, LineageError
 from caltrain.participant.heads import look
 from caltrain.participant.receive import RunRecord, run_folder
 from caltrain.participant.rejoin import rejoin
-from caltrain.plan import CenterSpec, Plan, ReleaseSpec
+from caltrain.plan import Plan, ReleaseSpec
 from caltrain.training.plain import train_plain
 from caltrain.training.seeds import RunSeeds
+from caltrain.training.spec import CenterSpec
 from support.company import LABELS, Company, eventually
 from support.disk import tree
 from support.samples import refused
@@ -38,15 +38,6 @@ def resumable(plan: Plan) -> Plan:
         center=CenterSpec(audit_rate=0.5, audit_steps=1),
         release=ReleaseSpec(reveal_seed=True),
     )
-
-
-@pytest.fixture
-def companies(tmp_path: Path) -> Iterator[list[Company]]:
-    """Companies that leave no process behind."""
-    made: list[Company] = []
-    yield made
-    for company in made:
-        company.end()
 
 
 def now() -> datetime:
@@ -106,31 +97,57 @@ def enclave_gone(company: Company) -> bool:
     return status.error is not None and status.error["code"] == "enclave.died"
 
 
-def live(company: Company, *, death: str) -> None:
-    """Take up the run; with `death`, until it strikes."""
+def take_up(company: Company, death: str = "") -> None:
+    """Take up the run; `death` may strike while the parties still give their word."""
     company.serve("resume", *([death] if death else []))
-    if not death:
-        give_word(company)
-        return
     try:
         give_word(company)
-    except EnvironmentFault:  # it struck while a party rejoined: it will be asked again
-        pass
+    except EnvironmentFault:
+        assert death
 
 
-def test_deaths_at_random_moments_change_no_bit(tmp_path: Path, companies: list[Company]) -> None:
-    # Operations of the store up to the countersignatures (none can be resumed before) and from there to the end.
-    draw = random.Random(7)
-    deaths = [f"{who}:{draw.randrange(12, 60)}" for who in ("host", "enclave", "both", "host")]
-    company = Company(tmp_path, epochs=EPOCHS, change=resumable, death=deaths[0])
-    companies.append(company)
-    company.join()
-    for death in [*deaths[1:], ""]:
-        eventually(lambda: enclave_gone(company) or bool(company.errors), "death has come")
-        assert not company.errors, (company.errors, (tmp_path / "host.log").read_text())
-        company.stop()
-        live(company, death=death)
-    company.joined()
-    assert not company.errors, (company.errors, (tmp_path / "host.log").read_text())
-    assert any("does not answer" in step for step in company.steps["alpha"])
-    same_bits(company)
+@pytest.fixture(scope="module")
+def survived(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Company]:
+    """A run that has ended after three deaths; `old` in its folder is a copy of the host's at the first."""
+    folder, draw = tmp_path_factory.mktemp("survived"), random.Random(7)
+    # Operations of the store: the first dozen come before the countersignatures, where no run can be resumed yet.
+    deaths = [f"{who}:{draw.randrange(12, 60)}" for who in ("host", "enclave", "both")]
+    company = Company(folder, epochs=EPOCHS, change=resumable, death=deaths[0])
+    try:
+        company.join()
+        for death in [*deaths[1:], ""]:
+            eventually(lambda: enclave_gone(company) or bool(company.errors), "death has come")
+            assert not company.errors, (company.errors, (folder / "host.log").read_text())
+            company.stop()
+            if not (folder / "old").exists():
+                shutil.copytree(company.store, folder / "old")
+            take_up(company, death)
+        company.joined()
+        yield company
+    finally:
+        company.end()
+
+
+def test_deaths_at_random_moments_change_no_bit_and_end_no_join(survived: Company) -> None:
+    log = (survived.folder / "host.log").read_text()
+    assert not survived.errors, (survived.errors, log)
+    assert log.count("death of") == 3, log
+    assert any("does not answer" in step for step in survived.steps["alpha"])
+    assert any("caltrain party rejoin" in step for step in survived.steps["beta"])
+    same_bits(survived)
+
+
+def test_last_a_folder_that_was_put_back_is_refused_and_gets_no_word(survived: Company) -> None:
+    survived.stop()
+    shutil.rmtree(survived.store)
+    shutil.copytree(survived.folder / "old", survived.store)
+    survived.serve("resume")
+    before, run = tree(survived.parties[0].folder), survived.results["alpha"].run
+    for party in survived.parties:
+        with survived.client() as client, refused(LineageError, "chain.rolled-back"):
+            rejoin(client, survived.plan, party, survived.policy, clock=now, seconds=60)
+    assert tree(survived.parties[0].folder) == before
+    status = survived.status()
+    assert (status.phase, status.waiting_for) == ("resume", ["alpha", "beta"])
+    with survived.client() as client, refused(LineageError, "chain.rolled-back"):
+        look(client, survived.parties[0], run)

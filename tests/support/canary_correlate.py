@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from caltrain.boundary.channel import Tensors
 from caltrain.boundary.frames import FrameKind
 from caltrain.boundary.tensors import TensorHead, restore
 from support.canary_replay import Step
@@ -36,8 +37,8 @@ class Likeness:
         return self.r >= ALIKE
 
 
-def tensors_in(stream: bytes) -> Iterator[tuple[TensorHead, Tensor]]:
-    """All tensors of a tapped stream; what went through the ring follows its frame."""
+def tensors_in(stream: bytes) -> Iterator[tuple[TensorHead, Tensors]]:
+    """All tensors of a tapped stream, those of a frame together; what went through the ring follows its frame."""
     view, at = memoryview(stream), 0
     while at < len(view):
         length, kind = int.from_bytes(view[at : at + 4], "little"), view[at + 4]
@@ -73,7 +74,7 @@ def likeness(stream: bytes, steps: Sequence[Step], *, plain: Tensor, roles: Sequ
     """For each of `roles` the channel most like the record (as it is in `plain`, or as augmented) it comes from."""
     by_place = {(s.epoch, s.step): s for s in steps}
     best: dict[str, Likeness] = {}
-    for head, tensor in tensors_in(stream):
+    for head, tensor in ((head, tensor) for head, tensors in tensors_in(stream) for tensor in tensors):
         if head.role not in roles or tensor.dim() != 4 or tensor[0, 0].numel() < PIXELS:
             continue
         step = by_place[head.epoch, head.step]

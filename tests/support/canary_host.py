@@ -72,8 +72,8 @@ class TappedHost:
         let_go(self.process.pid)
         self.end()
         self.seen.append(Haystack("log", "standard error", self._log.read_bytes()))
-        for way in ("in", "out"):
-            self.seen.append(Haystack("door", way, (Path(self._config.tap) / way).read_bytes()))
+        for path in sorted(Path(self._config.tap).iterdir()):
+            self.seen.append(Haystack("door", path.name, path.read_bytes()))
 
     def end(self) -> None:
         """Terminate the host, and with it the enclave."""

@@ -66,15 +66,25 @@ def record_needles(plan: Plan, run: Replay, *, pixels: Tensor, labels: Tensor, m
     plain: list[Needle] = []
     for number in marked:
         name = f"record {number}"
-        record = encode_record(plan.data, pixels[number].numpy(), int(labels[number]))
-        plain += [Needle("record", f"{name} canonical", record), *byte_needles("record", name, pixels[number])]
-        x = normalise(pixels[number : number + 1], plan.data, channels_last=False)[0]
-        plain += float_needles("record", f"{name} normalised", x)
+        plain += _as_it_is(plan, name, pixels[number], int(labels[number]))
         for step in run.steps:
             for place in (step.batch == number).nonzero().flatten():
                 version = f"{name} of epoch {step.epoch}"
                 plain += byte_needles("record", version, step.pixels[place])
                 plain += float_needles("record", version, step.x[place])
+    return [form for needle in plain for form in wrapped(needle)]
+
+
+def _as_it_is(plan: Plan, name: str, pixels: Tensor, label: int) -> Iterator[Needle]:
+    yield Needle("record", f"{name} canonical", encode_record(plan.data, pixels.numpy(), label))
+    yield from byte_needles("record", name, pixels)
+    yield from float_needles("record", f"{name} normalised", normalise(pixels[None], plan.data, channels_last=False)[0])
+
+
+def held_out_needles(plan: Plan, pixels: Tensor, labels: Tensor) -> list[Needle]:
+    """Records that are measured on and not trained on."""
+    pairs = enumerate(zip(pixels, labels, strict=True))
+    plain = [n for i, (x, label) in pairs for n in _as_it_is(plan, f"held-out record {i}", x, int(label))]
     return [form for needle in plain for form in wrapped(needle)]
 
 

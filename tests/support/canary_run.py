@@ -42,12 +42,13 @@ from caltrain.records import shard as shards
 from caltrain.records.commitment import SALT_BYTES
 from caltrain.records.schema import DataSchema, encode_record
 from caltrain.training.seeds import RunSeeds
-from caltrain.training.spec import Augment, TrainingSpec
+from caltrain.training.spec import Augment, CenterSpec, TrainingSpec
 from support.canary_host import Haystack, TappedHost
 from support.tapped_host import Config
 
 NAMES = ("alpha", "beta", "gamma", "delta")
 RECORDS = 24  # of each party: one batch
+HELD_OUT = 8  # of each party
 SHAPE = (3, 16, 16)
 CLASSES = tuple(f"class {n}" for n in range(10))
 MODEL = ModelSpec(
@@ -79,8 +80,14 @@ def make_plan(parties: Sequence[Identity], user: Identity, *, partition: Partiti
             partition=partition,
             data=DataSchema(shape=SHAPE, classes=CLASSES),
             training=TrainingSpec(
-                epochs=2, batch=RECORDS, learning_rate=0.02, augment=Augment(shift=2, flip=True), threads=1
+                epochs=2,
+                batch=RECORDS,
+                learning_rate=0.02,
+                augment=Augment(shift=2, flip=True),
+                threads=1,
+                checkpoint_steps=2,
             ),
+            center=CenterSpec(audit_rate=1.0, audit_steps=2),
             parties=tuple(Party(name=p.name, public_key=p.signer.public) for p in parties),
             users=(User(name=user.name, public_key=user.signer.public, may=("trace",), budget=10),),
             enclave=EnclaveSpec(measurement=measure_enclave()),
@@ -91,7 +98,10 @@ def make_plan(parties: Sequence[Identity], user: Identity, *, partition: Partiti
 
 @dataclass(frozen=True)
 class People:
-    """Four parties with their sealed records, a model user with a question, and the plan that they agreed on."""
+    """Four parties with their sealed records, a model user with a question, and the plan that they agreed on.
+
+    `held_out` are more pictures and labels, of all parties in turn, on which the enclave only measures.
+    """
 
     folder: Path
     parties: list[Identity]
@@ -100,6 +110,7 @@ class People:
     images: list[NDArray[np.uint8]]
     labels: list[NDArray[np.int64]]
     sealed: list[SealedData]
+    held_out: tuple[NDArray[np.uint8], NDArray[np.int64]]
     question: NDArray[np.uint8]
     root: SigningKey = field(default_factory=SigningKey)
 
@@ -114,7 +125,12 @@ class People:
         data = [noisy_pictures(RECORDS, seed=seed) for seed in range(len(NAMES))]
         sealed = [seal_records(p, plan.data, x, y, shard_records=16) for p, (x, y) in zip(parties, data, strict=True)]
         question = noisy_pictures(1, seed=len(NAMES))[0]
-        return cls(folder, parties, user, plan, [x for x, _ in data], [y for _, y in data], sealed, question)
+        held_out = noisy_pictures(HELD_OUT * len(NAMES), seed=len(NAMES) + 1)
+        for number, party in enumerate(parties):
+            x, y = (part[number * HELD_OUT : (number + 1) * HELD_OUT] for part in held_out)
+            seal_records(party, plan.data, x, y, held_out=True)
+        images, labels = [x for x, _ in data], [y for _, y in data]
+        return cls(folder, parties, user, plan, images, labels, sealed, held_out, question)
 
     @property
     def policy(self) -> Policy:
@@ -123,12 +139,12 @@ class People:
         return Policy(measurements=trusted, allow_simulated=True, simulated_roots=(self.root.public,))
 
     def in_order(self, manifest: RunManifest) -> tuple[Tensor, Tensor]:
-        """All records as the manifest counts them: pixels (N, C, H, W) and labels (N,)."""
+        """All records that are trained on, as the manifest counts them: pixels (N, C, H, W) and labels (N,)."""
         pixels, labels = [], []
         for number, entry in enumerate(manifest.parties):
             sealed = self.sealed[number]
             rows = {header.shard: rows for header, rows in zip(sealed.headers, sealed.rows, strict=True)}
-            chosen = [row for shard in entry.shards for row in rows[shard.shard]]
+            chosen = [row for shard in entry.shards if not shard.held_out for row in rows[shard.shard]]
             pixels.append(self.images[number][chosen])
             labels.append(self.labels[number][chosen])
         return torch.from_numpy(np.concatenate(pixels)), torch.from_numpy(np.concatenate(labels))

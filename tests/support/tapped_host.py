@@ -1,7 +1,8 @@
 """The host server as it is, with a tap at its end of the door: `python tapped_host.py < CONFIG`.
 
-Every byte of every frame, and what passes through the ring, goes to two files outside of the host's folder: `in`
-(host to enclave) and `out` (enclave to host). A tensor frame whose bytes lie in the ring is followed by those bytes.
+Every byte of every frame, and what passes through the ring, goes to files outside of the host's folder: `in` (host to
+enclave) and `out` (enclave to host), and `storage-in` and `storage-out` for the stream of its own that storage has. A
+tensor frame whose bytes lie in the ring is followed by those bytes.
 At named moments the process says the moment's name on standard output and stops itself (SIGSTOP), to be looked at.
 """
 
@@ -11,6 +12,8 @@ import os
 import signal
 import socket
 import sys
+import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -43,8 +46,8 @@ class Tap:
 
     def __init__(self, folder: Path, moments: tuple[str, ...]) -> None:
         folder.mkdir(parents=True)
-        self._in: BinaryIO = (folder / "in").open("wb", buffering=0)
-        self._out: BinaryIO = (folder / "out").open("wb", buffering=0)
+        names = ("in", "out", "storage-in", "storage-out")
+        self._files: dict[str, BinaryIO] = {name: (folder / name).open("wb", buffering=0) for name in names}
         self._moments = set(moments)
         self._in_ring = b""
 
@@ -54,22 +57,23 @@ class Tap:
 
         def tapped_send(sock: socket.socket, kind: FrameKind, *parts: bytes | memoryview) -> None:
             self._stop_at(moment_of(kind, *parts))
-            self._in.write(on_wire(kind, *parts) + self._in_ring)
-            self._in_ring = b""
+            ring = b"" if serves_storage() else self._in_ring
+            self._keep("in", on_wire(kind, *parts) + ring)
+            self._in_ring = self._in_ring if serves_storage() else b""
             send_frame(sock, kind, *parts)
 
         def tapped_receive(sock: socket.socket) -> tuple[FrameKind, memoryview]:
             kind, body = receive_frame(sock)
-            self._out.write(on_wire(kind, body))
+            self._keep("out", on_wire(kind, body))
             return kind, body
 
-        def tapped_put(ring: Ring, data: memoryview) -> int:
-            self._in_ring = bytes(data)  # its frame is sent next
-            return put(ring, data)
+        def tapped_put(ring: Ring, parts: Sequence[memoryview]) -> int:
+            self._in_ring = b"".join(parts)  # its frame is sent next
+            return put(ring, parts)
 
         def tapped_view(ring: Ring, slot: int, length: int) -> memoryview:
             seen = view(ring, slot, length)
-            self._out.write(seen)  # its frame came just before
+            self._keep("out", seen)  # its frame came just before
             return seen
 
         setattr(frames, "send_frame", tapped_send)  # noqa: B010  # a type checker lets nobody replace a function
@@ -77,10 +81,18 @@ class Tap:
         setattr(Ring, "put", tapped_put)  # noqa: B010
         setattr(Ring, "view", tapped_view)  # noqa: B010
 
+    def _keep(self, way: str, data: bytes | memoryview) -> None:
+        self._files[f"storage-{way}" if serves_storage() else way].write(data)
+
     def _stop_at(self, moment: str) -> None:
         if moment in self._moments:
             say(moment)
             os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def serves_storage() -> bool:
+    """Whether this is the launcher's thread for the storage stream."""
+    return threading.current_thread().name == "storage"
 
 
 def on_wire(kind: FrameKind, *parts: bytes | memoryview) -> bytes:
@@ -90,12 +102,12 @@ def on_wire(kind: FrameKind, *parts: bytes | memoryview) -> bytes:
 
 
 def moment_of(kind: FrameKind, *parts: bytes | memoryview) -> str:
-    """What a frame to the enclave is called: `release`, `train-epoch-0`, `center-out-1-2` (epoch, step)."""
+    """What a frame to the enclave is called: `release`, `train-0-0`, `center-out-1-2` (epoch, step)."""
     if kind is FrameKind.TENSOR:
         head = msgspec.msgpack.decode(parts[1], type=TensorHead)
         return f"{head.role}-{head.epoch}-{head.step}"
     message = msgspec.msgpack.decode(parts[0])
-    return f"{message['t']}-{message['epoch']}" if "epoch" in message else str(message["t"])
+    return f"{message['t']}-{message['epoch']}-{message['step']}" if "epoch" in message else str(message["t"])
 
 
 def say(line: str) -> None:

@@ -15,6 +15,7 @@ from typing import Literal, NoReturn
 import msgspec
 
 from caltrain.host.confine import QUIET_THREADS
+from caltrain.training.allocator import keep_freed_memory
 
 Way = Literal["plain", "two-way", "ternary"]
 
@@ -75,6 +76,7 @@ def main() -> NoReturn:
     job = msgspec.json.decode(sys.stdin.readline(), type=Job)
     if job.quiet:
         os.environ.update(QUIET_THREADS)
+    keep_freed_memory()
     from caltrain.bench.training_ways import plain_way, protected_way  # noqa: PLC0415  # after the environment
 
     gate = Gate()

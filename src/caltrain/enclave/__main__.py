@@ -20,6 +20,7 @@ from caltrain.crypto.dsse import SigningKey
 from caltrain.enclave.sandbox import lock_down
 from caltrain.enclave.session import enclave_main
 from caltrain.errors import CaltrainError, ConfigError, ProtocolError
+from caltrain.training.allocator import keep_freed_memory
 
 
 def main(arguments: list[str]) -> int:
@@ -33,6 +34,7 @@ def main(arguments: list[str]) -> int:
         sys.stderr.write(f"{error}\n")
         return error.exit_code
     try:
+        keep_freed_memory()
         measurement = measure_enclave()
         sandbox = lock_down(keep_fds=[sock_fd, storage_fd, ring_fd])
         torch.set_num_threads(threads)  # starts threads, so it comes after the lock

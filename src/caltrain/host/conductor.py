@@ -155,9 +155,9 @@ class Conductor:
         if party in self.rejoined:  # sent twice: once is enough for one restart
             return
         done = self._ask(m.Rejoin(party, envelope))
-        self.rejoined.add(party)
-        if done.state:
+        if done.state:  # first: the thread that waits ends its wait once all have rejoined
             self._taken_up = done
+        self.rejoined.add(party)
         self.notify()
 
     def ask_cut(self, front: int) -> None:
@@ -258,7 +258,14 @@ class Conductor:
         self._ask(m.Resume(canonical_json(self.plan), newest_checkpoint(self.store)))
         names = {party.name for party in self.plan.parties}
         self._wait("resume", lambda: set() if self._taken_up else names - self.rejoined)
-        done = self._taken_up or m.Done()
+        done = self._taken_up
+        if done is None:
+            raise ProtocolError(
+                "resume.no-quorum",
+                "all parties have rejoined, and too few of them signed one head of the chain",
+                step="resume",
+                fix="Restart the host once every party has read the run's chain to its end.",
+            )
         moved = last_cut(self.store)
         if moved > done.front:  # it was deepened after that checkpoint, and must be again
             self._asked.front = moved

@@ -19,6 +19,7 @@ from caltrain.host.given import Given, check_given, keep_given
 from caltrain.host.kept import check_nothing_lost, check_resumable
 from caltrain.host.store import Store
 from caltrain.plan import Plan
+from caltrain.training.allocator import keep_freed_memory
 
 if TYPE_CHECKING:
     from caltrain.host.device import Choice
@@ -65,6 +66,7 @@ def serve(
     ConfigError for a folder without a run of this plan to resume.
     """
     os.environ.update(QUIET_THREADS)  # read when torch is loaded, which is later
+    keep_freed_memory()
     check_given(plan, given or {}, kept=folder if resume else None)
     store = Store(folder)
     if not (resume or anew):

@@ -11,19 +11,23 @@ from typing import Any
 
 import msgspec
 import pytest
+import torch
 
 from caltrain.boundary import messages as m
 from caltrain.crypto.digests import canonical_json
 from caltrain.crypto.dsse import Envelope
 from caltrain.errors import CaltrainError, EnvironmentFault, IntegrityError, ProtocolError
-from caltrain.host import conductor as conducting
 from caltrain.host import launcher
 from caltrain.host.conductor import Conductor
+from caltrain.host.sizes import slot_bytes
 from caltrain.host.store import Store
+from caltrain.models.spec import Deepen, Partition
+from caltrain.models.weights import state_of
+from caltrain.plan import Plan
 from caltrain.provenance.chain import verify_chain
 from support.disk import files_end_at, tree
 from support.samples import refused
-from support.world import World
+from support.world import PARTIES, World
 from support.world_enclave import WorldEnclave
 
 SECONDS = 30
@@ -32,9 +36,19 @@ SECONDS = 30
 class Site:
     """A conductor whose enclave is a world's. `launched` replaces what launching does."""
 
-    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch, *, auto_start: bool = True) -> None:
-        self.world, self.store = World(), Store(folder)
-        self.conductor = Conductor(self.world.plan, self.store, root_secret=bytes(32), auto_start=auto_start)
+    def __init__(
+        self,
+        folder: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        *,
+        auto_start: bool = True,
+        world: World | None = None,
+        resume: bool = False,
+    ) -> None:
+        self.world, self.store = world or World(), Store(folder)
+        self.conductor = Conductor(
+            self.world.plan, self.store, root_secret=bytes(32), auto_start=auto_start, resume=resume
+        )
         self.enclave = WorldEnclave(self.world, self.conductor._keep_events, store=self.store)
         self.launched: Callable[[], None] = lambda: None
         self.given: dict[str, Any] = {}
@@ -95,6 +109,15 @@ class Site:
         self.provision()
         self.countersign()
 
+    def rejoin(self, *names: str, head: str | None = None) -> None:
+        """These parties say that the run may be taken up."""
+        self.wait("resume")
+        run = self.world.chain_of_host()[-1].run
+        for name in names:
+            binding = self.conductor.attest("resume", os.urandom(32).hex()).binding
+            word = self.world.parties[name].rejoin(binding, run=run, head=head or self.world.host_head)
+            self.conductor.rejoin(name, word)
+
     def failed_with(self, code: str) -> None:
         """The run has failed and says why, whatever is asked; the enclave is gone."""
         self.wait("failed")
@@ -124,6 +147,7 @@ def test_a_run_leaves_what_parties_and_auditors_need(site: Site) -> None:
     names = site.world.parties
     kept = tree(site.store.root)
     assert {name for name in kept if not name.startswith(("pool-", "shards/"))} == {
+        *("log.jsonl", "center-state", "center-at-1-0", "center-at-2-0", "checkpoint-0", "checkpoint-1"),
         *("plan.json", "manifest.json", "center", "release.json", "suspicion.json", "chain.jsonl", "enclave.log"),
         *(f"{what}/{name}" for what in ("release", "suspicion") for name in names),
         *(f"countersignatures/{name}.json" for name in names),
@@ -295,9 +319,14 @@ def test_progress_is_passed_on_with_its_pace(site: Site) -> None:
 
 def test_the_ring_holds_the_largest_tensor_that_crosses(site: Site) -> None:
     # After the FrontNet (4 filters, pooled to 2x2) and before the HeadNet (the same), batches of 8 in float32.
-    assert conducting._slot_bytes(site.world.plan) == 4096
+    assert slot_bytes(site.world.plan) == 4096
     wide = msgspec.structs.replace(site.world.plan.training, batch=300)
-    assert conducting._slot_bytes(msgspec.structs.replace(site.world.plan, training=wide)) == 5 * 4096
+    assert slot_bytes(msgspec.structs.replace(site.world.plan, training=wide)) == 5 * 4096
+    # Without pooling before the cut it is four times as large; what it will deepen to is counted from the start.
+    early = Partition(front=1, deepen=(Deepen(epoch=1, front=2),))
+    late = Partition(front=2)
+    sizes = [slot_bytes(msgspec.structs.replace(site.world.plan, training=wide, partition=p)) for p in (early, late)]
+    assert sizes == [19 * 4096, 5 * 4096]
     site.conductor.begin()
     site.wait("approvals")
     assert site.given["slot_bytes"] == 4096
@@ -333,3 +362,148 @@ def test_an_approval_that_is_none_is_not_kept(site: Site) -> None:
     with refused(IntegrityError, "signature.invalid"):
         site.conductor.approve("alpha", site.world.parties["beta"].approve(site.world.plan))
     assert site.conductor.approvals == {}
+
+
+# -- the cut deepens, and a run is taken up --------------------------------------------------------------------------
+
+
+def short(**changes: Any) -> Callable[[Plan], Plan]:
+    """Checkpoints after every step; with a schedule for the cut."""
+
+    def change(plan: Plan) -> Plan:
+        training = msgspec.structs.replace(plan.training, checkpoint_steps=1)
+        return msgspec.structs.replace(plan, training=training, **changes)
+
+    return change
+
+
+DEEPENING = Partition(front=2, deepen=(Deepen(epoch=1, front=3), Deepen(epoch=2, front=4)))
+
+
+def is_the_plain_model(world: World) -> None:
+    """The run ended with the weights of the plain loop, bit for bit."""
+    assert world.run.model is not None
+    ours, plain = state_of(world.run.model), state_of(world.plain(world.run.seed))
+    assert all(torch.equal(value, plain[name]) for name, value in ours.items())
+
+
+def test_the_cut_deepens_as_the_plan_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    site = Site(tmp_path, monkeypatch, world=World(head=0, epochs=3, change=short(partition=DEEPENING)))
+    site.run()
+    site.wait("linked")
+    asked = [r for r in site.enclave.requests if isinstance(r, m.Train | m.MoveCut)]
+    steps = [m.Train(0, step) for step in range(3)], [m.Train(1, step) for step in range(3)]
+    assert asked == [*steps[0], m.MoveCut(3), *steps[1], m.MoveCut(4), *(m.Train(2, step) for step in range(3))]
+    is_the_plain_model(site.world)
+    site.conductor.stop()
+
+
+def dies_before(site: Site, number: int, kind: type[m.Message]) -> None:
+    """The enclave is gone when it is asked for that the `number`th time."""
+    request, count = site.enclave.request, 0
+
+    def asked(message: m.Request, *, wait: float = 5) -> m.Done:
+        nonlocal count
+        count += isinstance(message, kind)
+        site.enclave.alive = site.enclave.alive and count < number
+        return request(message, wait=wait)
+
+    site.enclave.request = asked  # type: ignore[method-assign]
+
+
+INTERRUPTED: dict[str, tuple[int, type[m.Message]]] = {
+    "before the records are in": (1, m.Ingest),
+    "before the first step": (1, m.Train),
+    "in an epoch": (3, m.Train),
+    "between epochs": (4, m.Train),
+    "before the cut moves": (1, m.MoveCut),
+    "after the cut has moved": (5, m.Train),
+    "before the release": (1, m.Release),
+    "before the link": (1, m.Link),
+}
+
+
+@pytest.mark.parametrize(("number", "kind"), INTERRUPTED.values(), ids=INTERRUPTED)
+def test_an_interrupted_run_is_taken_up_and_ends_with_the_weights_of_one_that_was_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, kind: type[m.Message]
+) -> None:
+    world = World(head=0, epochs=2, change=short(partition=Partition(front=2, deepen=(Deepen(epoch=1, front=4),))))
+    before = Site(tmp_path, monkeypatch, world=world)
+    dies_before(before, number, kind)
+    before.run()
+    before.failed_with("enclave.died")
+    world.restart()
+    site = Site(tmp_path, monkeypatch, world=world, resume=True)
+    site.conductor.begin()
+    site.wait("resume").awaits(*PARTIES)
+    site.rejoin(*PARTIES)
+    site.wait("linked")
+    assert [type(r) for r in site.enclave.requests].count(m.Resume) == 1
+    assert not any(isinstance(r, m.Configure | m.MakeManifest | m.Provision) for r in site.enclave.requests)
+    is_the_plain_model(world)
+    lines = tree(site.store.root)["chain.jsonl"].splitlines()
+    events = verify_chain(
+        [msgspec.json.decode(line, type=Envelope) for line in lines],
+        run=world.run.vault.run,
+        signing_key=world.run.vault.signing.public,
+        head=world.run.chain.head,
+    )
+    assert [event.kind for event in events].count("resume") == 1
+    site.conductor.stop()
+
+
+def interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[Plan], Plan]) -> Site:
+    """A host that has come back after its enclave died in the first epoch, and waits for the parties."""
+    world = World(change=change)
+    before = Site(tmp_path, monkeypatch, world=world)
+    dies_before(before, 2, m.Train)
+    before.run()
+    before.failed_with("enclave.died")
+    world.restart()
+    site = Site(tmp_path, monkeypatch, world=world, resume=True)
+    site.conductor.begin()
+    return site.wait("resume")
+
+
+def test_a_quorum_is_enough_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    site = interrupted(tmp_path, monkeypatch, short(resume_quorum=2))
+    site.rejoin("gamma")
+    site.awaits("alpha", "beta")
+    assert site.conductor.status.phase == "resume"
+    site.rejoin("alpha")
+    site.wait("linked")
+    is_the_plain_model(site.world)
+    site.conductor.stop()
+
+
+def test_parties_that_do_not_agree_where_the_run_is_fail_it_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site = interrupted(tmp_path, monkeypatch, short())
+    site.rejoin("alpha", head=site.world.chain_of_host()[-2].digest())
+    site.rejoin("beta", "gamma")
+    site.failed_with("resume.no-quorum")
+    assert not any(isinstance(r, m.Train) for r in site.enclave.requests)
+
+
+def test_a_word_that_is_refused_is_not_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    site = interrupted(tmp_path, monkeypatch, short())
+    site.rejoin("alpha", "beta")
+    with refused(IntegrityError, "signature.invalid"):
+        site.conductor.rejoin("gamma", site.world.parties["gamma"].approve(site.world.plan))
+    site.awaits("gamma")
+    assert site.conductor.rejoined == {"alpha", "beta"}
+    site.rejoin("gamma")
+    site.wait("linked")
+    site.conductor.stop()
+
+
+def test_a_chain_whose_checkpoint_is_lost_fails_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    site = interrupted(tmp_path, monkeypatch, short())
+    site.conductor.stop()
+    for path in site.store.root.glob("checkpoint-*"):
+        path.unlink()
+    site.world.restart()
+    again = Site(tmp_path, monkeypatch, world=site.world, resume=True)
+    again.conductor.begin()
+    again.failed_with("resume.nothing")

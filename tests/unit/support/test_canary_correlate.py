@@ -10,7 +10,7 @@ from torch import Tensor
 
 from caltrain.boundary.frames import FrameKind
 from caltrain.boundary.messages import Progress
-from caltrain.boundary.tensors import Role, flatten, head_of
+from caltrain.boundary.tensors import Role, TensorHead, flatten, layout_of
 from support.canary_correlate import likeness, pearson, references, tensors_in
 from support.canary_replay import Step
 from support.tapped_host import moment_of, on_wire
@@ -25,14 +25,14 @@ STEP = Step(1, 2, BATCH, torch.tensor([0, 1, 2]), (X * 255).byte(), X, torch.emp
 NOISE = torch.rand((3, 8, 6, 6), generator=DRAWS)
 
 
-def sent(tensor: Tensor, *, role: Role = "ir", slot: int | None = None) -> bytes:
-    """A tensor as the tap keeps it."""
-    dense, data = flatten(tensor)
-    head = msgspec.msgpack.encode(head_of(dense, role=role, run=RUN, epoch=1, step=2, slot=slot))
+def sent(*tensors: Tensor, role: Role = "ir", slot: int | None = None) -> bytes:
+    """Tensors that cross together, as the tap keeps them."""
+    dense, data = zip(*map(flatten, tensors), strict=True)
+    head = msgspec.msgpack.encode(TensorHead(role, RUN, 1, 2, tuple(map(layout_of, dense)), slot))
     parts = (len(head).to_bytes(4, "little"), head)
     if slot is None:
-        return on_wire(FrameKind.TENSOR, *parts, data)
-    return on_wire(FrameKind.TENSOR, *parts) + bytes(data)
+        return on_wire(FrameKind.TENSOR, *parts, *data)
+    return on_wire(FrameKind.TENSOR, *parts) + b"".join(data)
 
 
 def greatest(tensor: Tensor, role: Role = "ir") -> float:
@@ -51,12 +51,22 @@ def with_channel(picture: Tensor) -> Tensor:
 def test_tensors_are_read_back_from_a_tap(layout: torch.memory_format, slot: int | None) -> None:
     tensor = NOISE.contiguous(memory_format=layout)
     other = on_wire(FrameKind.MESSAGE, msgspec.msgpack.encode(Progress("train", 1, 2)))
-    stream = other + sent(tensor, slot=slot) + other + sent(tensor[:1], role="center-grad", slot=slot)
+    stream = other + sent(tensor, tensor[1:], slot=slot) + other + sent(tensor[:1], role="center-grad", slot=slot)
     found = list(tensors_in(stream))
     assert [head.role for head, _ in found] == ["ir", "center-grad"]
-    assert torch.equal(found[0][1], tensor)
-    assert found[0][1].stride() == tensor.stride()
-    assert torch.equal(found[1][1], tensor[:1])
+    assert [len(tensors) for _, tensors in found] == [2, 1]
+    assert torch.equal(found[0][1][0], tensor)
+    assert found[0][1][0].stride() == tensor.stride()
+    assert torch.equal(found[0][1][1], tensor[1:])
+    assert torch.equal(found[1][1][0], tensor[:1])
+
+
+def test_a_picture_is_found_in_whichever_tensor_of_a_frame_it_is() -> None:
+    picture = with_channel(references(X[1][None], (6, 6))[0, 0].reshape(6, 6))
+    for together in ((picture, NOISE), (NOISE, picture)):
+        (top,) = likeness(sent(*together), [STEP], plain=PLAIN, roles=ROLES).values()
+        assert top.found
+        assert (top.record, top.channel) == (1, 5)
 
 
 def test_pearson_is_that_of_torch() -> None:
@@ -102,7 +112,7 @@ def test_what_has_too_few_pixels_or_no_channels_or_another_role_is_not_judged() 
 
 
 def test_moments_are_named_by_what_is_sent() -> None:
-    head = msgspec.msgpack.encode(head_of(NOISE, role="center-out", run=RUN, epoch=1, step=2, slot=0))
+    head = msgspec.msgpack.encode(TensorHead("center-out", RUN, 1, 2, (layout_of(NOISE),), 0))
     assert moment_of(FrameKind.TENSOR, b"", head) == "center-out-1-2"
     assert moment_of(FrameKind.MESSAGE, msgspec.msgpack.encode({"t": "release"})) == "release"
-    assert moment_of(FrameKind.MESSAGE, msgspec.msgpack.encode({"t": "train-epoch", "epoch": 0})) == "train-epoch-0"
+    assert moment_of(FrameKind.MESSAGE, msgspec.msgpack.encode({"t": "train", "epoch": 0, "step": 3})) == "train-0-3"
