@@ -140,10 +140,14 @@ class Trial:
             _kill(pid)
         return _place(status)
 
-    def same_bits(self) -> bool:
-        """Whether each party holds the plain loop's model; False where a join did not survive."""
-        if any(process.wait(PATIENCE) for process in self.joins.values()):
-            return False
+    def fault(self) -> str:
+        """What is wrong with the end: a join that did not survive, or other bits than the plain loop's; or nothing."""
+        for name, process in self.joins.items():
+            if process.wait(PATIENCE):
+                return (self.folder / f"join-{name}.log").read_text()[-500:]
+        return "" if self._same_bits() else "OTHER BITS"
+
+    def _same_bits(self) -> bool:
         models = [next((self._home(name) / "runs").glob("*/run.json")).parent for name in PARTIES]
         record = msgspec.json.decode((models[0] / "run.json").read_bytes(), type=RunRecord)
         plan = self.project.plan
@@ -277,10 +281,10 @@ def main() -> int:
     while done < chosen.kills:
         with begun(epochs=chosen.epochs) as trial:
             struck = run(trial, draw, kills=min(chosen.per_run, chosen.kills - done))
-            same = trial.same_bits()
-        done, failed = done + len(struck), failed + (not same)
-        sys.stdout.write(f"run over after {len(struck)} kills: {'same bits' if same else 'OTHER BITS'}\n")
-    sys.stdout.write(f"{done} kills, {failed} runs with other bits\n")
+            fault = trial.fault()
+        done, failed = done + len(struck), failed + bool(fault)
+        sys.stdout.write(f"run over after {len(struck)} kills: {fault or 'same bits'}\n")
+    sys.stdout.write(f"{done} kills, {failed} runs that did not end as they should\n")
     return 1 if failed else 0
 
 

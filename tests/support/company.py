@@ -80,7 +80,7 @@ class Company:
         self._threads: list[threading.Thread] = []
         (self.folder / "plan.json").write_bytes(msgspec.json.encode(self.plan))
         (self.folder / "root").write_bytes(self.root.private_bytes())
-        self.port, self.patience = "0", float(SECONDS)
+        self.port, self.given_up = "0", False
         self.serve(*([death] if death else []))
 
     def serve(self, *more: str) -> None:
@@ -121,14 +121,14 @@ class Company:
         def run(number: int) -> None:
             party = self.parties[number]
             try:
-                with self.client() as client:
+                with _Patient(self) as client:
                     self.results[party.name] = join(
                         client,
                         self.plan,
                         party,
                         self.policy,
                         clock=lambda: datetime.now(UTC),
-                        seconds=self.patience,
+                        seconds=SECONDS,
                         on_step=self.steps[party.name].append,
                     )
             except Exception as error:  # noqa: BLE001  # whatever it is, the test looks at it
@@ -167,8 +167,9 @@ class Company:
         return pid
 
     def end(self) -> None:
-        """Leave no process behind; those who join do not wait for another host."""
+        """Leave no process behind; those who join have waited long enough."""
         self.stop()
+        self.given_up = True
         self.joined()
 
     def stop(self) -> None:
@@ -179,6 +180,19 @@ class Company:
         if self.process.stdout is not None:
             self.process.stdout.close()
         eventually(lambda: not any(alive(pid) for pid in children), "no process is left", seconds=30)
+
+
+class _Patient(HostClient):
+    """A connection for as long as the company has patience."""
+
+    def __init__(self, company: Company) -> None:
+        super().__init__(company.url)
+        self._company = company
+
+    def status(self) -> RunStatus:
+        if self._company.given_up:
+            raise TimeoutError("the test is over")
+        return super().status()
 
 
 def alive(pid: int) -> bool:

@@ -182,12 +182,13 @@ def audited(plan: Plan) -> Plan:
 @cache
 def life(head: int) -> Watched:
     """A run of 23 records and 4 held out, from the plan to a disclosure, with a pool of two parts."""
-    before = PoolShape.fit.__kwdefaults__["part_bytes"]
-    PoolShape.fit.__kwdefaults__["part_bytes"] = 256
+    defaults: dict[str, Any] = PoolShape.fit.__kwdefaults__ or {}
+    before = defaults["part_bytes"]
+    defaults["part_bytes"] = 256
     try:
         return _live(Watched(head=head, held_out=1, epochs=4, change=audited))
     finally:
-        PoolShape.fit.__kwdefaults__["part_bytes"] = before
+        defaults["part_bytes"] = before
 
 
 def _live(world: Watched) -> Watched:

@@ -123,12 +123,12 @@ class World:
     def refused(self, request: m.Request, code: str, *, fatal: bool | None = None) -> dict[str, str]:
         """A request that must fail with `code`. Returns the error's fields.
 
-        Before the run began and after it ended nothing that the enclave holds has changed and not a byte came out;
+        Before the run began and after it ended nothing that the enclave holds has changed, and it read at most;
         in between the enclave has stopped for good, and after the last thing that went in it told its progress at most.
         """
         fatal = self.run.state not in HARMLESS if fatal is None else fatal
         before, head, crossed = self._held(), self.run.chain.head, len(self.host.log)
-        state, sent = self.run.state, len(self.host.enclave_end.sent)
+        state = self.run.state
         reply = self.send(request)
         assert isinstance(reply, m.Failed), reply
         assert (reply.error["code"], reply.fatal) == (code, fatal)
@@ -145,7 +145,8 @@ class World:
             assert self.run.chain.head == head
             assert self.run.state is state
             assert self._held() == before
-            assert len(self.host.enclave_end.sent) == sent
+            asked = [c.message for c in self.host.log[crossed:] if c.way == "out"] + self.host.unread()
+            assert all(isinstance(message, m.Read) for message in asked), asked
         return reply.error
 
     def _held(self) -> dict[str, Any]:

@@ -12,11 +12,15 @@ from caltrain.cli.output import Format, FormatOption, choose, console, emit, say
 from caltrain.host_client import HostClient, RunStatus
 from caltrain.reports.progress import watch
 from caltrain.reports.terminal import center_note
+from caltrain.reports.tracking import open_sinks
 
 if TYPE_CHECKING:
     from caltrain.host.given import What
 
 DeviceChoice = Literal["auto", "cpu", "cuda"]
+LogOption = Annotated[Path | None, typer.Option("--log", help="append the run's figures to this file (JSON lines)")]
+TensorBoardOption = Annotated[Path | None, typer.Option("--tensorboard", help="write event files to this folder")]
+MLflowOption = Annotated[str | None, typer.Option("--mlflow", help="log to this MLflow address or folder")]
 _COMMANDS = {"resume": "party rejoin", "cut": "party agree-cut"}
 
 app = typer.Typer(help="The machine's operator.", no_args_is_help=True)
@@ -89,16 +93,19 @@ def serve(
 def train_run(
     url: Annotated[str, typer.Argument(help="the host")],
     timeout: Annotated[float, typer.Option(help="seconds to wait for the parties")] = 86_400,
+    log: LogOption = None,
+    tensorboard: TensorBoardOption = None,
+    mlflow: MLflowOption = None,
     format_: FormatOption = Format.TEXT,
 ) -> None:
     """Let training begin once everybody is in, and watch it to the end."""
     choose(format_)
-    with HostClient(url) as host:
+    with HostClient(url) as host, open_sinks(jsonl=log, tensorboard=tensorboard, mlflow=mlflow) as sinks:
         begun = host.post("/v1/run/start", None, RunStatus)
         if begun.simulated:
             say_simulated()
         say(center_note(begun.audit_rate))
-        status = watch(host, seconds=timeout, console=console)
+        status = watch(host, seconds=timeout, console=console, sinks=sinks)
     emit(status, title="Run")
 
 
@@ -106,14 +113,17 @@ def train_run(
 def train_resume(
     url: Annotated[str, typer.Argument(help="the host, served with --resume")],
     timeout: Annotated[float, typer.Option(help="seconds to wait for the parties and the run")] = 86_400,
+    log: LogOption = None,
+    tensorboard: TensorBoardOption = None,
+    mlflow: MLflowOption = None,
     format_: FormatOption = Format.TEXT,
 ) -> None:
     """Watch a run that was taken up to its end; says whose word it waits for (`caltrain party rejoin`)."""
     choose(format_)
-    with HostClient(url) as host:
+    with HostClient(url) as host, open_sinks(jsonl=log, tensorboard=tensorboard, mlflow=mlflow) as sinks:
         if host.status().simulated:
             say_simulated()
-        status = watch(host, seconds=timeout, console=console, on_status=WaitedFor())
+        status = watch(host, seconds=timeout, console=console, sinks=sinks, on_status=WaitedFor())
     emit(status, title="Run")
 
 

@@ -34,6 +34,7 @@ _SHOWN = 3
 def predict(
     inputs: InputsArgument,
     model: Annotated[Path | None, typer.Option(help="a party's joined model: its run folder")] = None,
+    wheel: Annotated[Path | None, typer.Option(help="with --model: the wheel of stages that its plan names")] = None,
     url: UrlOption = "",
     home: HomeOption = None,
     plan: PlanOption = None,
@@ -43,9 +44,10 @@ def predict(
     """Predict with a joined model (--model), or sealed, by the enclave (--url, --home, --plan, --policy)."""
     choose(format_)
     if model is not None:
-        from caltrain.participant.model import load_model  # noqa: PLC0415  # torch, only where it is needed
+        from caltrain.models.wheel import MAX_WHEEL_BYTES  # noqa: PLC0415  # torch, only where it is needed
+        from caltrain.participant.model import load_model  # noqa: PLC0415
 
-        joined = load_model(model)
+        joined = load_model(model, wheel=read_bounded(wheel, limit=MAX_WHEEL_BYTES) if wheel else None)
         classes, probabilities = joined.predict(read_inputs(inputs, joined.plan))
         names = [joined.plan.data.classes[int(c)] for c in classes]
         simulated = joined.record.manifest.simulated

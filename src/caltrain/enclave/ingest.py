@@ -32,9 +32,9 @@ _CHUNK = 1 << 20
 
 
 class Seen:
-    """The records of one contributor by 16 bytes of their digests, and nothing else: sorted once, at the end.
+    """The records of one contributor by 16 bytes of their digests: sorted once, at the end, which takes 24 more.
 
-    Beside the pool it is all of ingest that grows with the records; a set would take about 100 bytes for each.
+    It is all of ingest's memory that grows with the records; a set would take about 100 bytes for each.
     """
 
     def __init__(self) -> None:
@@ -48,7 +48,8 @@ class Seen:
         """The number of the first record that was there before, counted from 0 in the order in which they came."""
         keys = np.frombuffer(self._keys, "S16")
         order = np.argsort(keys, kind="stable")
-        again = order[1:][keys[order[1:]] == keys[order[:-1]]]
+        ordered = keys[order]
+        again = order[1:][ordered[1:] == ordered[:-1]]
         return int(again.min()) if len(again) else None
 
 

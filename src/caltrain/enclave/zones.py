@@ -84,7 +84,8 @@ def _center_limit(run: Run) -> int:
     with torch.device("meta"):
         layers = zone_ranges(plan.model, run.partition)[1]
         center = build(plan.model, input_shape=plan.data.shape, layers=layers, factory=run.factory)
-    return 2 * sum(value.numel() * value.element_size() for value in center.state_dict().values()) + _SLACK
+    weights: int = sum(value.numel() * value.element_size() for value in center.state_dict().values())
+    return 2 * weights + _SLACK
 
 
 def layer_of(name: str) -> int:

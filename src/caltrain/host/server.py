@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import uvicorn
 
 from caltrain.crypto.dsse import SigningKey
-from caltrain.errors import EnvironmentFault
+from caltrain.errors import CaltrainError, EnvironmentFault
 from caltrain.host.api import create_app
 from caltrain.host.conductor import Conductor
 from caltrain.host.confine import QUIET_THREADS
@@ -65,16 +65,13 @@ def serve(
     cannot be used, ConfigError for files that are not the plan's or a run that would be lost, ProtocolError or
     ConfigError for a folder without a run of this plan to resume.
     """
+    try:
+        store = _ready_store(plan, folder, given or {}, resume=resume, anew=anew)
+    except CaltrainError:
+        sock.close()
+        raise
     os.environ.update(QUIET_THREADS)  # read when torch is loaded, which is later
     keep_freed_memory()
-    check_given(plan, given or {}, kept=folder if resume else None)
-    store = Store(folder)
-    if not (resume or anew):
-        check_nothing_lost(store)
-    store.renew(resume=resume)
-    if resume:
-        check_resumable(store, plan)
-    keep_given(store, given or {})
     conductor = Conductor(
         plan, store, root_secret=root.private_bytes(), auto_start=auto_start, resume=resume, device=device
     )
@@ -87,3 +84,16 @@ def serve(
         lifespan="on",
     )
     uvicorn.Server(config).run(sockets=[sock])
+
+
+def _ready_store(plan: Plan, folder: Path, given: Given, *, resume: bool, anew: bool) -> Store:
+    """The folder, ours alone, with all that the run needs of it and of the operator's files."""
+    check_given(plan, given, kept=folder if resume else None)
+    store = Store(folder)
+    if not (resume or anew):
+        check_nothing_lost(store)
+    store.renew(resume=resume)
+    if resume:
+        check_resumable(store, plan)
+    keep_given(store, given)
+    return store

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from caltrain.errors import UNDECODABLE, ConfigError, DataError, IntegrityError
 from caltrain.models.network import Network, build, features_and_logits, lay_out
 from caltrain.models.weights import decode_state, load_zone, model_digest
+from caltrain.models.wheel import load_wheel, no_wheel
 from caltrain.participant.receive import RunRecord
 from caltrain.plan import Plan, plan_from_json
 from caltrain.training.batches import center_crop, normalise
@@ -56,10 +57,11 @@ def predict(module: Network, plan: Plan, images: NDArray[np.generic]) -> NDArray
     return probabilities
 
 
-def load_model(folder: Path) -> JoinedModel:
-    """Read a run folder of a party.
+def load_model(folder: Path, *, wheel: bytes | None = None) -> JoinedModel:
+    """Read a run folder of a party; where the plan names a wheel of stages, with that.
 
-    Raises ConfigError `model.unreadable`, IntegrityError `model.other-digest` or for bad weights.
+    Raises ConfigError `model.unreadable` or `model.no-wheel`, IntegrityError `model.other-digest`, for bad weights, or
+    for another wheel.
     """
     try:
         plan = plan_from_json((folder / "plan.json").read_bytes())
@@ -80,7 +82,8 @@ def load_model(folder: Path) -> JoinedModel:
             step=_STEP,
             fix="Receive the model again: the file was changed after it was verified.",
         )
-    module = build(plan.model, input_shape=plan.data.shape)
+    factory = load_wheel(wheel, plan.model.wheel) if wheel is not None and plan.model.wheel else no_wheel
+    module = build(plan.model, input_shape=plan.data.shape, factory=factory)
     load_zone(module, state, step=_STEP)
     lay_out(module, channels_last=plan.training.channels_last)
     module.eval()

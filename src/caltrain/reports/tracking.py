@@ -151,7 +151,8 @@ def _open(make: Callable[[ExitStack], Sink], stack: ExitStack) -> Sink:
             step="open log",
             fix="pip install 'caltrain[tensorboard]' or 'caltrain[mlflow]'.",
         ) from None
-    except OSError as error:
+    except Exception as error:  # noqa: BLE001  # the tools have errors of their own, without a common root
+        what = f"{type(error).__name__}: {error}".partition("\n")[0][:300]
         raise ConfigError(
-            "tracking.cannot-open", f"the log cannot be opened: {error}", step="open log", fix="Choose another place."
+            "tracking.cannot-open", f"the log cannot be opened: {what}", step="open log", fix="Choose another place."
         ) from None

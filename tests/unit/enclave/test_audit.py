@@ -67,7 +67,11 @@ def test_the_statements_say_at_which_rate_the_center_was_audited(rate: float) ->
 
 
 def caught(world: World, code: str, *, tell: str = "") -> None:
-    """Stopped for good with `code`, in the chain too; no checkpoint, no model; from the last checkpoint it goes on."""
+    """Stopped with `code`, in the chain too; no checkpoint, no model; the last checkpoint is as it was.
+
+    What the audit found ends the run for good; from another finding it goes on where it was.
+    """
+    stored = {n: bytes(raw) for n, raw in world.host.storage.items() if n.startswith("checkpoint-")}
     kept = [event.body["sealed"] for event in world.chain() if event.kind == "checkpoint"]
     course = world.course
     error = world.refused(m.Train(course.epoch, course.step), code)
@@ -76,7 +80,16 @@ def caught(world: World, code: str, *, tell: str = "") -> None:
     assert [event.body["sealed"] for event in world.chain() if event.kind == "checkpoint"] == kept
     world.refused(m.Release(), "session.not-now", fatal=False)
     assert world.run.model is None
-    recovers(world)
+    assert {n: bytes(raw) for n, raw in world.host.storage.items() if n.startswith("checkpoint-")} == stored
+    if not code.startswith("audit."):
+        recovers(world)
+        return
+    world.restart()
+    world.done(world.resume())
+    *others, last = world.parties
+    for party in others:
+        world.done(world.rejoin(party))
+    world.refused(world.rejoin(last), "resume.caught")
 
 
 @pytest.mark.parametrize("step", [0, 1, 2])

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import msgspec
 import pytest
 
@@ -16,24 +14,12 @@ from support.recovery import DEEP, Killed, Killer, ends_as_if_undisturbed, plann
 from support.world import PARTIES, World
 
 FORMS = pytest.mark.parametrize("head", [0, 2], ids=["two-way", "ternary"])
-Make = Callable[[], World]
 
 
 def whole(head: int) -> World:
     """A run with all that a checkpoint has to hold: two cuts, held-out records, an audit, several a epoch."""
-    change = planned(rate=0.5, steps=2, deepen=((1, 3),), model=DEEP, momentum=0.9)
-    return World(head=head, held_out=2, epochs=2, change=change)
-
-
-def advance(world: World) -> None:
-    """One request of the honest run."""
-    steps: dict[State, Callable[[], object]] = {
-        State.AGREED: world.take_in,
-        State.READY: world.train,
-        State.TRAINED: world.release,
-        State.RELEASED: world.link,
-    }
-    steps[world.run.state]()
+    change = planned(rate=1.0, steps=2, deepen=((1, 3),), model=DEEP)
+    return World(head=head, records=12, held_out=2, epochs=2, change=change)
 
 
 # --- killed -----------------------------------------------------------------------------------------------------
@@ -42,13 +28,18 @@ def advance(world: World) -> None:
 @FORMS
 def test_killed_after_every_request_a_run_ends_with_the_same_bits(head: int) -> None:
     world, restarts = whole(head).run_to(State.AGREED), 0
-    while world.run.state is not State.LINKED:
+    while world.run.state is not State.TRAINED:
         world.take_up()
-        advance(world)
+        (world.take_in if world.run.state is State.AGREED else world.train)()
         restarts += 1
+    assert restarts == 5  # ingest, two checkpoints in each of two epochs
+    for state in (State.TRAINED, State.RELEASED, State.LINKED):
+        world.run_to(state)
+        world.take_up()
+        assert world.run.state is State.TRAINED
     ends_as_if_undisturbed(world)
-    assert restarts == 7  # ingest, two checkpoints in each of two epochs, release, link
-    assert [event.kind for event in world.chain()].count("resume") == restarts
+    kinds = [event.kind for event in world.chain()]
+    assert [kinds.count(kind) for kind in ("resume", "release", "link")] == [8, 1, 1]
 
 
 def moments(head: int) -> int:
@@ -60,11 +51,11 @@ def moments(head: int) -> int:
 
 
 @FORMS
-@pytest.mark.parametrize("part", range(4))
+@pytest.mark.parametrize("part", range(2))
 def test_killed_at_any_moment_a_run_ends_with_the_same_bits(head: int, part: int) -> None:
     total = moments(head)
-    assert total > 80
-    for moment in range(1 + part * 2, total + 1, 8):
+    assert total > 70
+    for moment in range(1 + part * 4, total + 1, 8):
         world = whole(head).run_to(State.AGREED)
         Killer(world, moment)
         with pytest.raises(Killed):

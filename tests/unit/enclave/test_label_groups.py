@@ -1,0 +1,85 @@
+"""What the host works out of the label groups from what crosses: measured, printed, and as docs/crossing.md says."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+
+from caltrain.demo.scenario import build_scenario
+from caltrain.presets import PRESETS
+from caltrain.project import DEFAULT_PARTIES
+
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    """scripts/label_groups.py."""
+    spec = importlib.util.spec_from_file_location("label_groups", ROOT / "scripts" / "label_groups.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["label_groups"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def found(script: ModuleType) -> dict[int, dict[str, tuple[float, ...]]]:
+    """For digits, by batches before: role to purity, floor, named by 1, by 5."""
+    scenario = build_scenario("digits", parties=DEFAULT_PARTIES, data_dir=None, download=False, seed=0)
+    pixels = torch.from_numpy(np.concatenate([h.images for h in scenario.holdings]))
+    labels = torch.from_numpy(np.concatenate([h.labels for h in scenario.holdings]))
+    threads = torch.get_num_threads()
+    measured = {a: script.measure(PRESETS["digits"], pixels, labels, after=a) for a in (0, script.LATER)}
+    torch.set_num_threads(threads)
+    for after, table in measured.items():
+        print(f"\ndigits, {script.BATCHES} batches after {after}")  # noqa: T201  # to be read with pytest -s
+        print(script.table(table))  # noqa: T201
+    return measured
+
+
+def test_outgoing_gradients_of_ternary_training_give_the_label_groups_away(
+    found: dict[int, dict[str, tuple[float, ...]]],
+) -> None:
+    for table in found.values():
+        purity, floor, by_1, by_5 = table["center-grad"]
+        assert purity > 0.99
+        assert floor < 0.25
+        assert by_1 > 0.98
+        assert by_5 > 0.98
+
+
+def test_the_first_values_that_cross_tell_k_means_little_more_than_the_floor(
+    found: dict[int, dict[str, tuple[float, ...]]],
+) -> None:
+    for role in ("ir", "center-out"):
+        purity, floor, by_1, _ = found[0][role]
+        assert floor < purity < 0.4
+        assert by_1 < 0.25
+
+
+def test_the_document_says_what_was_measured(found: dict[int, dict[str, tuple[float, ...]]]) -> None:
+    document = (ROOT / "docs" / "crossing.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| digits \| (\d+) \| `([\w-]+)` \| ([\d. |]+) \|$", document, re.MULTILINE)
+    written = {(int(after), role): [float(x) for x in numbers.split(" | ")] for after, role, numbers in rows}
+    assert written.keys() == {(after, role) for after, table in found.items() for role in table}
+    for (after, role), numbers in written.items():
+        assert numbers == pytest.approx(found[after][role], abs=0.05), "run the command in the document"
+
+
+def test_purity_and_names_are_counted_rightly(script: ModuleType) -> None:
+    labels = np.array([0, 0, 0, 1, 1, 1])
+    rng = np.random.default_rng(0)
+    assert script.purity(labels, labels) == 1
+    assert script.purity(np.zeros(6, np.int64), labels) == 0.5
+    assert script.purity(np.array([0, 0, 1, 1, 1, 1]), labels) == 5 / 6
+    assert script.named(1 - labels, labels, known=1, rng=rng) == 1
+    assert script.named(np.arange(6), labels, known=1, rng=rng) == 0, "what nobody names is not named rightly"
