@@ -51,7 +51,7 @@ def entries() -> list[Entry]:
 
 
 def _of_module(tree: ast.Module) -> Iterator[Entry]:
-    helpers = {f.name: f for f in ast.walk(tree) if isinstance(f, ast.FunctionDef)}
+    helpers = _imported(tree) | _functions(tree)
     for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)):
         name = call.func.id if isinstance(call.func, ast.Name) else ""
         made = _raised_by(helpers[name]) if name in helpers else None
@@ -62,6 +62,21 @@ def _of_module(tree: ast.Module) -> Iterator[Entry]:
         what = _text(call.args[1]) if len(call.args) > 1 else ""
         for code in _codes(call.args[0]):
             yield Entry(code, family, what, fix)
+
+
+def _functions(tree: ast.Module) -> dict[str, ast.FunctionDef]:
+    return {f.name: f for f in ast.walk(tree) if isinstance(f, ast.FunctionDef)}
+
+
+def _imported(tree: ast.Module) -> dict[str, ast.FunctionDef]:
+    """Functions of other modules of the package, by the names under which this one has them."""
+    found: dict[str, ast.FunctionDef] = {}
+    for node in ast.walk(tree):
+        path = SOURCE.parent.joinpath(*(node.module or "").split(".")) if isinstance(node, ast.ImportFrom) else SOURCE
+        if isinstance(node, ast.ImportFrom) and path.with_suffix(".py").is_file():
+            there = _functions(ast.parse(path.with_suffix(".py").read_text(encoding="utf-8")))
+            found |= {a.asname or a.name: there[a.name] for a in node.names if a.name in there}
+    return found
 
 
 def _raised_by(function: ast.FunctionDef) -> tuple[str, str] | None:

@@ -55,6 +55,8 @@ def _small_net(classes: int, *, hidden: int) -> ModelSpec:
     )
 
 
+# A step takes milliseconds, as long as a commitment to the state: longer short runs have fewer of them.
+_SMALL_CENTER = CenterSpec(audit_rate=0.1, audit_steps=16)
 PRESETS: dict[PresetName, Preset] = {
     "digits": Preset(
         model=ModelSpec(
@@ -69,6 +71,7 @@ PRESETS: dict[PresetName, Preset] = {
         ),
         partition=Partition(front=2, head=1),
         data=DataSchema(shape=(1, 8, 8), classes=_DIGITS, mean=(0.0,), std=(0.38,)),
+        center=_SMALL_CENTER,
         training=TrainingSpec(
             epochs=35, batch=32, learning_rate=0.03, weight_decay=8e-3, augment=Augment(shift=1), threads=1
         ),
@@ -77,12 +80,14 @@ PRESETS: dict[PresetName, Preset] = {
         model=_small_net(10, hidden=128),
         partition=Partition(front=3, head=1),
         data=DataSchema(shape=(1, 28, 28), classes=_DIGITS, mean=(0.0,), std=(0.31,)),
+        center=_SMALL_CENTER,
         training=TrainingSpec(epochs=5, batch=64, learning_rate=0.05, weight_decay=5e-4, augment=Augment(shift=1)),
     ),
     "pneumoniamnist": Preset(
         model=_small_net(2, hidden=128),
         partition=Partition(front=3, head=1),
         data=DataSchema(shape=(1, 28, 28), classes=("normal", "pneumonia"), mean=(0.57,), std=(0.17,)),
+        center=_SMALL_CENTER,
         training=TrainingSpec(epochs=8, batch=64, learning_rate=0.03, weight_decay=5e-4, augment=Augment(shift=1)),
     ),
     "cifar10": Preset(
@@ -100,6 +105,7 @@ PRESETS: dict[PresetName, Preset] = {
         ),
         partition=Partition(front=3, head=1),
         data=DataSchema(shape=(3, 32, 32), classes=_CIFAR10, mean=(0.45,), std=(0.25,)),
+        center=_SMALL_CENTER,
         training=TrainingSpec(epochs=8, batch=64, learning_rate=0.03, weight_decay=1e-3, augment=Augment(shift=1)),
     ),
 }

@@ -146,7 +146,7 @@ def test_everything_that_the_host_can_see_was_looked_at(ternary: Examined) -> No
         "center-out-1-2: held-out-1",
     } <= files
     assert {"train-0-0: checkpoint-0", "center-out-1-2: checkpoint-0", "release: checkpoint-1"} <= files
-    assert {"train-0-0: center-at-0-0", "center-out-1-2: center-at-1-2", "release: center-state"} <= files
+    assert {"center-out-1-2: center-at-1-0", "center-out-1-2: center-at-1-2", "release: center-state"} <= files
     door = {hay.name: hay.data for hay in seen if hay.place == "door"}
     assert door.keys() == {"in", "out", "storage-in", "storage-out"}
     assert {head.role for head, _ in tensors_in(door["out"])} == {"ir", "center-grad", "eval-ir"}

@@ -127,8 +127,8 @@ class People:
         question = noisy_pictures(1, seed=len(NAMES))[0]
         held_out = noisy_pictures(HELD_OUT * len(NAMES), seed=len(NAMES) + 1)
         for number, party in enumerate(parties):
-            x, y = (part[number * HELD_OUT : (number + 1) * HELD_OUT] for part in held_out)
-            seal_records(party, plan.data, x, y, held_out=True)
+            own = slice(number * HELD_OUT, (number + 1) * HELD_OUT)
+            seal_records(party, plan.data, held_out[0][own], held_out[1][own], held_out=True)
         images, labels = [x for x, _ in data], [y for _, y in data]
         return cls(folder, parties, user, plan, images, labels, sealed, held_out, question)
 

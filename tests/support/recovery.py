@@ -8,7 +8,8 @@ from typing import Any
 import msgspec
 import torch
 
-from caltrain.boundary.messages import Answer, Write
+from caltrain.boundary.messages import Answer, Rejoin, Write
+from caltrain.enclave.checkpoint import CheckpointHeader
 from caltrain.enclave.run import State, present
 from caltrain.models.layers import Conv, Dropout, Flatten, Linear, MaxPool
 from caltrain.models.spec import Deepen, ModelSpec
@@ -117,3 +118,37 @@ def torn(world: World, name: str, *, after: int) -> None:
         raise Killed
 
     world.host.on_write = write
+
+
+def trained(*, quorum: int = 0, head: int = 2) -> World:
+    """A run with three checkpoints of training behind it, killed."""
+    world = World(head=head, change=planned(steps=1, quorum=quorum)).run_to(State.READY)
+    for _ in range(3):
+        world.train()
+    return world
+
+
+def last_word(world: World) -> Rejoin:
+    """All parties but the last have spoken; the word of the last."""
+    *others, last = world.parties
+    for name in others:
+        world.done(world.rejoin(name))
+    return world.rejoin(last)
+
+
+def newest(world: World) -> bytearray:
+    """The checkpoint that counts."""
+    return world.host.storage[world.newest_checkpoint()]
+
+
+def older(world: World) -> str:
+    """The name of the one before it."""
+    return f"checkpoint-{1 - int(world.newest_checkpoint()[-1])}"
+
+
+def with_header(raw: bytes, **changes: object) -> bytes:
+    """A checkpoint with another header in clear."""
+    length = int.from_bytes(raw[:4], "little")
+    header = msgspec.msgpack.decode(raw[4 : 4 + length], type=CheckpointHeader)
+    other = msgspec.msgpack.encode(msgspec.structs.replace(header, **changes))
+    return len(other).to_bytes(4, "little") + other + raw[4 + length :]

@@ -200,7 +200,6 @@ def _live(world: Watched) -> Watched:
     world.move(1)
     world.train()
     world.take_up()
-    world.host.on_tensor = world._take
     world.run_to(State.LINKED)
     inputs: Pixels = pictures(3, seed=9)
     for kind in ("predict", "trace"):

@@ -127,6 +127,7 @@ class World:
         in between the enclave has stopped for good, and after the last thing that went in it told its progress at most.
         """
         fatal = self.run.state not in HARMLESS if fatal is None else fatal
+        self.host.serve()  # what is still on its way from before
         before, head, crossed = self._held(), self.run.chain.head, len(self.host.log)
         state = self.run.state
         reply = self.send(request)

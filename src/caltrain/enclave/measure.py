@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from caltrain.boundary.messages import Measured
 from caltrain.enclave.ingest import unpack
+from caltrain.enclave.pool import smallest
 from caltrain.enclave.run import Run, present
 from caltrain.models.spec import cut_shapes
 from caltrain.training.batches import center_crop, normalise
@@ -22,8 +23,7 @@ def measure(run: Run) -> Measured:
     plan, pool, course = present(run.plan), present(run.held_out), present(run.course)
     count, loss, first, second = pool.shape.records, 0.0, 0, 0
     # In another order each time: the host must not learn to tell whose records these are.
-    order = np.random.default_rng(int.from_bytes(os.urandom(16))).permutation(count)
-    pool.shuffle(order.astype(np.int64))
+    pool.shuffle(smallest(np.random.default_rng(int.from_bytes(os.urandom(16))).permutation(count)))
     cut = len(plan.model.layers) - plan.partition.head
     shapes = cut_shapes(plan.model, cut, plan.data.shape)
     done = 0

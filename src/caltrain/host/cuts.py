@@ -41,7 +41,8 @@ class AskedCut:
         """A party's word for the cut that is asked for. Raises IntegrityError `cut.not-this` unless it is that."""
         key = self.plan.party(party).public_key
         approval = open_envelope(envelope, "move-cut", key, CutApproval, step="agree to a cut")
-        if self.front is None or approval != CutApproval(run=run, head=head, party=party, front=self.front):
+        due = CutApproval(run=run, head=head, party=party, front=self.front) if self.front is not None else None
+        if approval != due:
             raise IntegrityError(
                 "cut.not-this",
                 f"{party} agrees to another cut than the one that is asked for here and now",

@@ -20,12 +20,14 @@ from caltrain.boundary import messages as m
 from caltrain.boundary.sealed import TraceStatement
 from caltrain.crypto.dsse import Envelope, SigningKey, open_envelope
 from caltrain.crypto.merkle import inclusion_proof
+from caltrain.enclave.run import State
 from caltrain.errors import CaltrainError, ConfigError, IntegrityError, LineageError, ProtocolError
-from caltrain.plan import RunManifest
+from caltrain.plan import Plan, RunManifest
 from caltrain.provenance.chain import Chain, EventKind
 from caltrain.provenance.statements import LinkedModel
 from caltrain.records.commitment import RecordRef
 from caltrain.records.disclosure import Disclosure
+from caltrain.training.spec import CenterSpec
 from support.folders import signed_manifest
 from support.samples import refused
 from support.scripted_host import ScriptedHost
@@ -58,8 +60,8 @@ def disclosed(world: World, reference: RecordRef, **changes: Any) -> Envelope:
 class Audit:
     """A bundle about one input, with two of its five neighbours disclosed, and the enclave's key to forge with."""
 
-    def __init__(self) -> None:
-        self.world = finished_world()
+    def __init__(self, world: World | None = None) -> None:
+        self.world = world or finished_world()
         asked = self.world.question("trace", pictures(1, seed=11))
         answers = asked.open(self.world.done(m.Query("una", asked.envelope)).sealed["una"])
         self.signing = self.world.run.vault.signing
@@ -101,6 +103,17 @@ def audit() -> Audit:
     return made()
 
 
+def test_a_bundle_of_an_audited_run_says_so() -> None:
+    def audited(plan: Plan) -> Plan:
+        return msgspec.structs.replace(plan, center=CenterSpec(audit_rate=0.5, audit_steps=2))
+
+    world = World(change=audited).run_to(State.LINKED)
+    audit = Audit(world)
+    verified = audit.verify(head=audit.head)
+    assert (verified.center_audited, verified.audit_rate, verified.trace.audit_rate) == (True, 0.5, 0.5)
+    assert {"audit", "checkpoint"} <= {event.kind for event in world.chain()}
+
+
 def test_a_sound_bundle_says_what_it_proves(audit: Audit) -> None:
     verified, world = audit.verify(head=audit.head), audit.world
     assert (verified.plan, verified.run) == (world.plan.digest(), world.manifest.run)
@@ -109,7 +122,7 @@ def test_a_sound_bundle_says_what_it_proves(audit: Audit) -> None:
     assert verified.undisclosed == tuple(audit.named[2:])
     assert (verified.events, verified.head) == (len(audit.bundle.chain), audit.head)
     assert verified.simulated
-    assert not verified.center_audited
+    assert (verified.center_audited, verified.trace.audit_rate) == (False, 0.0)
     for reference in audit.named[:2]:
         shards = world.parties[reference.party].shards
         shard = next(shard for shard in shards if shard.header.shard == reference.shard)

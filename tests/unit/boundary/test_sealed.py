@@ -14,7 +14,9 @@ from caltrain.boundary.sealed import (
     MAX_QUESTIONS,
     PartySecret,
     Question,
+    ResumeSecret,
     SealedMessage,
+    SuspicionReport,
     open_for,
     open_message,
     seal_for,
@@ -46,6 +48,7 @@ SECRET = PartySecret(
 )
 OTHERS = {
     "purpose": msgspec.structs.replace(BINDING, purpose="query"),
+    "purpose of a restart": msgspec.structs.replace(BINDING, purpose="resume"),
     "encryption key": msgspec.structs.replace(BINDING, encryption_key=OTHER_KEY.public),
     "signing key": msgspec.structs.replace(BINDING, signing_key=SigningKey().public),
     "plan": msgspec.structs.replace(BINDING, plan=digest("plan", b"two")),
@@ -175,6 +178,37 @@ GARBAGE = [b"", b"\xc1", b"\x81\xa1\xff\x01", b"\x91" * 100_000]
 @pytest.mark.parametrize("plain", [msgspec.msgpack.encode(PLAIN | change) for change in UNFIT] + GARBAGE, ids=range(10))
 def test_a_secret_out_of_its_form_is_refused(plain: bytes) -> None:
     refused(with_plain(plain), "sealed.malformed")
+
+
+WORD: dict[str, object] = {"data_key": b"k" * 32, "run": "ab" * 16, "head": digest("head")}
+
+
+def test_a_word_for_a_restart_opens_as_one_and_as_nothing_else() -> None:
+    binding = msgspec.structs.replace(BINDING, purpose="resume")
+    word = msgspec.convert(WORD, ResumeSecret)
+    envelope = seal_message("rejoin", word, binding=binding, sender="alpha", signer=SIGNER)
+    with pytest.raises(IntegrityError, match=r"^signature\.invalid: "):
+        open_envelope(envelope, "provision", SIGNER.public, SealedMessage, step="test")
+    message = open_envelope(envelope, "rejoin", SIGNER.public, SealedMessage, step="test")
+    assert open_message(message, ResumeSecret, binding=binding, key=KEY, step="resume") == word
+    refused(message, "sealed.malformed", binding=binding)  # it is no PartySecret
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"data_key": b"k" * 31}, {"run": "AB" * 16}, {"head": "sha384:" + "0" * 64}, {"entropy": b"e" * 32}],
+    ids=str,
+)
+def test_a_word_out_of_its_form_is_refused(change: dict[str, object]) -> None:
+    message = with_plain(msgspec.msgpack.encode(WORD | change))
+    with pytest.raises(IntegrityError, match=r"^sealed\.malformed: "):
+        open_message(message, ResumeSecret, binding=BINDING, key=KEY, step="resume")
+
+
+def test_a_report_of_suspicion_is_read_by_shard() -> None:
+    report = SuspicionReport(model=digest("model"), scores={"ab" * 16: b"\xe8\x03\0\0\x01\x02", "cd" * 16: b""})
+    assert report.of("ab" * 16) == (1000, 0, 513)
+    assert report.of("cd" * 16) == ()
 
 
 @pytest.mark.parametrize("count", [0, MAX_QUESTIONS + 1])

@@ -37,6 +37,7 @@ COMMANDS = {
     ("trace",),
     ("verify",),
     ("bench", "sealing"),
+    ("bench", "train"),
     ("version",),
 }
 GROUPS = {words[:1] for words in COMMANDS if len(words) > 1} | {()}

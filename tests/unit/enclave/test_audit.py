@@ -212,18 +212,17 @@ def test_a_center_that_is_not_the_one_it_says_is_found(name: str, head: int) -> 
     caught(world, code)
 
 
+def with_our_front(raw: bytes) -> bytes:
+    return encode_state(decode_state(raw, step="test") | {"0.conv.weight": torch.zeros(4, 1, 3, 3)})
+
+
 @FORMS
 def test_a_center_that_shows_more_than_its_own_is_found(head: int) -> None:
     world = audited(head)
     commits_to(world, lambda state: state)  # the honest one passes this way
     world.train()
-    world.host.be_honest()
-    world.run_to(State.LINKED)
-    other = audited(head)
-    other.train()
-    more = lambda state: state | {"0.conv.weight": torch.zeros(4, 1, 3, 3)}  # noqa: E731
-    shows(other, lambda raw: encode_state(more(decode_state(raw, step="test"))))
-    caught(other, "center.other-shown")
+    shows(world, with_our_front)
+    caught(world, "center.other-shown")
 
 
 @FORMS

@@ -100,7 +100,9 @@ def test_exactly_what_is_listed_crosses(form: str) -> None:
 
 def document_rows() -> list[tuple[str, str, str]]:
     """(phase, form, what crosses) of each row of the document's table."""
-    rows = re.findall(r"^\| (\w+) \| ([\w -]+) \| (.+?) \| .+ \|$", DOCUMENT.read_text(encoding="utf-8"), re.MULTILINE)
+    table = DOCUMENT.read_text(encoding="utf-8").partition("\n## ")[0]
+    rows = re.findall(r"^\| (\w+) \| ([\w -]+) \| (.+?) \| .+ \|$", table, re.MULTILINE)
+    assert len(rows) == table.count("\n| ") > 20, "a row has another form"
     return [(phase, form, cell) for phase, form, cell in rows if phase != "phase"]
 
 

@@ -447,8 +447,7 @@ def test_a_host_that_does_not_store_the_first_checkpoint_leaves_the_last_signatu
     world.host.on_write = honest
     world.done(requests[-1])
     assert [event.kind for event in world.chain()][-2:] == ["countersignature", "checkpoint"]
-    world.take_up()
-    assert world.run.state is State.AGREED
+    assert world.take_up().state == "agreed"
 
 
 def test_the_run_seed_is_of_the_enclave_and_of_every_party() -> None:

@@ -84,6 +84,12 @@ def test_another_failure_of_the_run_ends_the_wait() -> None:
         Host(phase("train"), CAUGHT).wait()
 
 
+def test_another_fault_of_a_machine_ends_the_wait_too() -> None:
+    full = EnvironmentFault("storage.full", "no room", step="train", fix="Free some.")
+    with refused(EnvironmentFault, "storage.full"):
+        Host(phase("train"), full).wait()
+
+
 def test_what_the_look_at_the_chain_finds_ends_the_wait() -> None:
     with refused(LineageError, "chain.rolled-back"):
         Host(phase("train")).wait(fails=LineageError("chain.rolled-back", "older", step="look", fix="Refuse."))
