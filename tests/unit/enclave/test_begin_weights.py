@@ -68,7 +68,8 @@ class Tuned(World):
 @pytest.mark.parametrize("audit_rate", [0.0, 1.0])
 @pytest.mark.parametrize(("head", "frozen"), [(2, 0), (0, 0), (2, 2), (0, 3), (1, 1), (2, 4)])
 def test_it_ends_with_the_plain_loops_bits(head: int, frozen: int, audit_rate: float) -> None:
-    world = Tuned(head=head, frozen=frozen, audit_rate=audit_rate).run_to(State.RELEASED)
+    world = Tuned(head=head, frozen=frozen, audit_rate=audit_rate)
+    world.run_to(State.RELEASED)
     assert world.run.model is not None
     found, expected = state_of(world.run.model), world.expected()
     assert found.keys() == expected.keys()

@@ -9,7 +9,10 @@ import msgspec
 import pytest
 
 from caltrain.boundary import messages as m
+from caltrain.crypto.aead import seal
+from caltrain.crypto.kdf import derive
 from caltrain.enclave.checkpoint import CheckpointHeader
+from caltrain.enclave.run import present
 from support.recovery import ends_as_if_undisturbed, last_word, newest, older, trained, with_header
 
 
@@ -138,3 +141,33 @@ def test_no_byte_of_a_checkpoint_is_read_twice() -> None:
     places = [(call.offset, call.length) for call in reads]
     assert places[0] == (0, 4)
     assert all(start + length == following for (start, length), (following, _) in itertools.pairwise(places))
+
+
+# --- one that was made up -----------------------------------------------------------------------------------------
+
+
+def test_a_snapshot_that_a_quorum_made_up_with_the_host_is_an_error_and_no_crash() -> None:
+    """Whoever holds the shares of a quorum holds the key, outside the enclave too."""
+    world = trained()
+    raw, key = bytes(newest(world)), present(world.run.custody).key
+    plain = b"\xc1 no snapshot"
+    resized = with_header(raw, size=len(plain))
+    header = resized[4 : body_at(resized)]
+    salt = msgspec.msgpack.decode(header, type=CheckpointHeader).salt
+    world.restart()
+    request = world.resume()
+    forged = seal(derive(key, "checkpoint/v1", salt), plain, aad=header)
+    world.host.storage[request.checkpoint] = bytearray(resized[: body_at(resized)] + forged)
+    world.done(request)
+    world.refused(last_word(world), "checkpoint.malformed")
+
+
+@pytest.mark.parametrize("changes", [{"run": "ab" * 16}, {"plan": "sha256:" + "ab" * 32}])
+def test_a_snapshot_with_the_manifest_of_another_run_or_plan_is_refused(changes: dict[str, str]) -> None:
+    world = trained()
+    world.run.manifest = msgspec.structs.replace(world.manifest, **changes)
+    world.train()
+    world.restart()
+    world.done(world.resume())
+    world.refused(last_word(world), "resume.other-plan")
+    assert world.run.front is None
