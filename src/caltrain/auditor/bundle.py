@@ -59,6 +59,7 @@ class Verified(msgspec.Struct, frozen=True, kw_only=True):
     simulated: bool
     center_audited: bool
     audit_rate: float = 0.0
+    resumes: int = 0
 
 
 def read_bundle(path: Path) -> TraceBundle:
@@ -104,6 +105,7 @@ def verify_bundle(bundle: TraceBundle, *, plan_digest: str, head: str | None = N
         simulated=manifest.simulated,
         center_audited=linked.audit_rate > 0,
         audit_rate=linked.audit_rate,
+        resumes=linked.resumes,
     )
 
 

@@ -93,6 +93,7 @@ class TraceStatement(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     neighbours: tuple[Neighbour, ...]
     audit_rate: float
     """Share of the center's steps that the enclave repeated in training; 0: center not audited."""
+    resumes: int
     simulated: bool
 
 

@@ -116,7 +116,7 @@ def verify(
     verified = verify_bundle(found, plan_digest=plan_digest, head=head or None)
     if verified.simulated:
         say_simulated()
-    say(center_note(verified.audit_rate))
+    say(center_note(verified.audit_rate, verified.resumes))
     emit(
         {
             "verified": True,

@@ -152,6 +152,7 @@ def _trace(
         predicted=label,
         neighbours=neighbours,
         audit_rate=run.audit_rate,
+        resumes=run.resumes,
         simulated=run.vault.attester.simulated,
     )
     return run.vault.signing.sign("trace", statement)

@@ -52,6 +52,7 @@ def release(run: Run, _message: Release) -> tuple[Done, RunState]:
         epochs=course.epoch,
         front_public=plan.training.initial is not None,
         audit_rate=run.audit_rate,
+        resumes=run.resumes,
         simulated=run.vault.attester.simulated,
     )
     _record_once(
@@ -116,6 +117,7 @@ def link(run: Run, _message: Link) -> tuple[Done, RunState]:
         records=len(linkage.records),
         commitments="sha256:" + root.hex(),
         audit_rate=run.audit_rate,
+        resumes=run.resumes,
         simulated=run.vault.attester.simulated,
     )
     _record_once(

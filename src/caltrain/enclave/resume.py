@@ -34,6 +34,7 @@ from caltrain.plan import plan_from_json
 from caltrain.provenance.chain import Chain, Event, verify_chain
 
 _MAX_CHAIN = 1 << 28
+_CHEATED = ("audit.", "center.other-shown")
 
 
 def resume(run: Run, message: Resume) -> tuple[Done, State]:
@@ -96,7 +97,8 @@ def _chain(run: Run, resuming: Resuming, snapshot: Snapshot, *, head: str) -> tu
     named = [event.body.get("sealed") for event in events if event.kind == "checkpoint"]
     if not named or named[-1] != resuming.digest:
         raise _refuse("resume.older", "the run has a newer checkpoint than this one")
-    caught = [e.body["code"] for e in events if e.kind == "stopped" and str(e.body.get("code")).startswith("audit.")]
+    stops = [str(event.body.get("code")) for event in events if event.kind == "stopped"]
+    caught = [code for code in stops if code.startswith(_CHEATED)]
     if caught:
         raise _refuse("resume.caught", f"the audit stopped the run for good ({caught[0]})")
     return events

@@ -137,6 +137,11 @@ class Run:
         return present(self.plan).center.audit_rate
 
     @property
+    def resumes(self) -> int:
+        """How often the run was taken up by another enclave."""
+        return self.chain.count("resume")
+
+    @property
     def steps(self) -> int:
         """Steps of an epoch."""
         return present(self.manifest).records() // present(self.plan).training.batch

@@ -65,6 +65,7 @@ from caltrain.enclave.train import train
 from caltrain.enclave.vault import Vault
 from caltrain.errors import CaltrainError, LineageError, ProtocolError
 from caltrain.provenance.chain import Chain
+from caltrain.training.prefetch import Prefetch
 
 Handler = Callable[[Run, Any], tuple[Done, State]]
 TABLE: dict[tuple[State, type], tuple[Handler, frozenset[State]]] = {
@@ -121,6 +122,8 @@ def handle(run: Run, request: Request) -> Reply:
 def _stopped(run: Run, error: CaltrainError) -> tuple[Envelope, ...]:
     """The run ends here. The chain says why, or only that the host said so: its words are not signed."""
     before, run.state = run.state, State.STOPPED
+    if isinstance(run.batches, Prefetch):
+        run.batches.stop()
     why = "host.reported" if error.reported else error.code
     try:
         return (run.chain.append("stopped", {"state": before, "code": why}),)

@@ -6,6 +6,7 @@ see: digests, names and counts.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
@@ -69,6 +70,11 @@ class Chain:
         self._length = len(events)
         self._bodies = {_body_key(event.kind, event.body) for event in events}
         self._last = {event.kind: event.body for event in events}
+        self._counts = Counter(event.kind for event in events)
+
+    def count(self, kind: EventKind) -> int:
+        """How many events of a kind there are."""
+        return self._counts[kind]
 
     def last(self, kind: EventKind, key: str, default: int) -> int:
         """A number out of the last event of a kind, or `default` where there is none."""
@@ -87,6 +93,7 @@ class Chain:
         self._length += 1
         self._bodies.add(_body_key(kind, body))
         self._last[kind] = body
+        self._counts[kind] += 1
         return self._signer.sign("event", event)
 
 

@@ -1,6 +1,7 @@
 """What the enclave signs about a model.
 
 `audit_rate` is the share of the center's steps that the enclave repeated; 0 means: center not audited.
+`resumes` counts restarts: the audit's chance holds from one to the next, and steps before each may have been repeated.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ class ModelStatement(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     epochs: int
     front_public: bool
     audit_rate: float
+    resumes: int
     simulated: bool
 
 
@@ -42,4 +44,5 @@ class LinkedModel(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     records: int
     commitments: Digest
     audit_rate: float
+    resumes: int
     simulated: bool

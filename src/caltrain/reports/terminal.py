@@ -30,10 +30,12 @@ def simulated_note() -> Text:
     )
 
 
-def center_note(audit_rate: float) -> str:
+def center_note(audit_rate: float, resumes: int = 0) -> str:
     """What every screen says of the part outside, that can rest on it."""
     if audit_rate:
-        return f"center audited at rate {audit_rate:g}: so many of its steps were repeated inside, bit for bit."
+        note = f"center audited at rate {audit_rate:g}: so many of its steps were repeated inside, bit for bit."
+        restarts = f" The run was taken up again {resumes} times: a host could have hidden a finding that way."
+        return note + (restarts if resumes else "")
     return "center not audited: a hostile host could have planted what no record shows."
 
 

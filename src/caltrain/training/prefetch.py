@@ -37,9 +37,13 @@ class Prefetch(Generic[T]):
             raise item.error or StopIteration
         return item
 
-    def close(self) -> None:
-        """Stop the thread, whatever it had made ready."""
+    def stop(self) -> None:
+        """Have the thread ask for nothing more; it may still be at its present item."""
         self._stopped.set()
+
+    def close(self) -> None:
+        """Stop the thread, whatever it had made ready, and wait for its end."""
+        self.stop()
         while self._thread.is_alive():
             while not self._ready.empty():
                 self._ready.get_nowait()

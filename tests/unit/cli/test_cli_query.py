@@ -238,6 +238,7 @@ def answered(kind: str, count: int, *, simulated: bool = True) -> Answered:
                 for rank, party in ((1, "birch"), (2, "alder"), (3, "birch"))
             ),
             audit_rate=0.0,
+            resumes=0,
             simulated=simulated,
         )
         for index in range(count if kind == "trace" else 0)

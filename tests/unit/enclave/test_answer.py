@@ -290,6 +290,7 @@ def test_a_trace_says_of_which_input_run_model_and_user_it_is() -> None:
             predicted=given.predicted[index],
             neighbours=(),
             audit_rate=0.0,
+            resumes=0,
             simulated=True,
         )
     assert given.scores == ()

@@ -34,6 +34,7 @@ def test_the_link_names_the_model_and_commits_to_every_record() -> None:
         records=27,
         commitments=to_text(merkle_root(commitments)),
         audit_rate=0.0,
+        resumes=0,
         simulated=True,
     )
     assert world.chain()[-1].body == {

@@ -80,6 +80,7 @@ def test_the_statement_names_run_plan_manifest_and_model() -> None:
         epochs=3,
         front_public=False,
         audit_rate=0.0,
+        resumes=0,
         simulated=True,
     )
 

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
+
 import msgspec
+import torch
 from torch import Tensor
 
 from caltrain.boundary import messages as m
 from caltrain.boundary.channel import Channel
 from caltrain.boundary.tensors import TensorHead
-from caltrain.enclave.run import State
+from caltrain.enclave.run import Batch, State
 from caltrain.plan import Plan
+from caltrain.provenance.statements import LinkedModel, ModelStatement
+from caltrain.training.prefetch import Prefetch
 from caltrain.training.spec import CenterSpec
 from support.world import World
 
@@ -55,3 +61,34 @@ def test_a_run_that_stopped_for_want_of_a_disk_is_taken_up() -> None:
     world.host.on_write = world.host.write
     world.take_up()
     world.train()
+
+
+def test_statements_count_how_often_a_run_was_taken_up() -> None:
+    world = World(change=audited).run_to(State.READY)
+    world.take_up()
+    world.train()
+    world.take_up()
+    world.run_to(State.LINKED)
+    assert world.statement("model", ModelStatement).resumes == 2
+    assert world.statement("linked-model", LinkedModel).resumes == 2
+    assert World().run_to(State.LINKED).statement("linked-model", LinkedModel).resumes == 0
+
+
+def test_after_a_fatal_failure_the_thread_that_reads_ahead_asks_for_nothing_more() -> None:
+    world = World(change=audited).run_to(State.READY)
+    asked: list[int] = []
+    go_on = threading.Event()
+
+    def batches() -> Iterator[Batch]:
+        for number in range(100):
+            asked.append(number)
+            yield torch.zeros(0), torch.zeros(0)
+            go_on.wait(5)
+
+    ahead = Prefetch(batches())
+    world.run.batches = ahead
+    next(ahead)
+    world.refused(m.Train(7), "train.not-here")
+    go_on.set()
+    ahead.close()
+    assert len(asked) <= 3

@@ -13,19 +13,27 @@ from caltrain.provenance.statements import LinkedModel, ModelStatement
 RUN = "ab" * 16
 ONE, TWO, THREE = ("sha256:" + digit * 64 for digit in "123")
 RELEASED = ModelStatement(
-    run=RUN, plan=ONE, manifest=TWO, model=THREE, epochs=4, front_public=False, audit_rate=0.25, simulated=True
+    run=RUN,
+    plan=ONE,
+    manifest=TWO,
+    model=THREE,
+    epochs=4,
+    front_public=False,
+    audit_rate=0.25,
+    resumes=3,
+    simulated=True,
 )
-LINKED = LinkedModel(run=RUN, model=THREE, records=9, commitments=ONE, audit_rate=0.0, simulated=True)
+LINKED = LinkedModel(run=RUN, model=THREE, records=9, commitments=ONE, audit_rate=0.0, resumes=0, simulated=True)
 
 
 def test_known_bytes() -> None:
     assert canonical_json(RELEASED).decode() == (
         f'{{"audit_rate":0.25,"epochs":4,"front_public":false,"manifest":"{TWO}","model":"{THREE}","plan":"{ONE}",'
-        f'"run":"{RUN}","simulated":true,"version":1}}'
+        f'"resumes":3,"run":"{RUN}","simulated":true,"version":1}}'
     )
     assert canonical_json(LINKED).decode() == (
         f'{{"audit_rate":0,"commitments":"{ONE}","model":"{THREE}","records":9,'
-        f'"run":"{RUN}","simulated":true,"version":1}}'
+        f'"resumes":0,"run":"{RUN}","simulated":true,"version":1}}'
     )
 
 
