@@ -90,5 +90,7 @@ def test_after_a_fatal_failure_the_thread_that_reads_ahead_asks_for_nothing_more
     next(ahead)
     world.refused(m.Train(7), "train.not-here")
     go_on.set()
-    ahead.close()
+    (thread,) = [t for t in threading.enumerate() if t.name == "prefetch"]
+    thread.join(5)
+    assert not thread.is_alive()  # else it would wait for somebody to take the next batch
     assert len(asked) <= 3
