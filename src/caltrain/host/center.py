@@ -71,11 +71,14 @@ class Center:
                 case "eval-ir":
                     self._send(channel, self.zone.infer(tensors), "eval-out", head)
                 case "labels" if not ternary:
-                    grads, loss = self.zone.backward_from_labels(tensors[0], at=at)
-                    self._send(channel, [torch.tensor([loss])], "loss", head)
-                    self._send(channel, grads, "ir-grad", head)
+
+                    def both(grads: list[Tensor], loss: float) -> None:
+                        self._send(channel, [torch.tensor([loss])], "loss", head)
+                        self._send(channel, grads, "ir-grad", head)
+
+                    self.zone.backward_from_labels(tensors[0], at=at, early=both)
                 case "center-grad" if ternary:
-                    self._send(channel, self.zone.backward(tensors, at=at), "ir-grad", head)
+                    self.zone.backward(tensors, at=at, early=lambda grads: self._send(channel, grads, "ir-grad", head))
                 case role:
                     raise refuse(f"{role} has no place in this run")
 

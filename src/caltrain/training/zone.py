@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +20,8 @@ from caltrain.training.seeds import Draws, initialise
 from caltrain.training.spec import TrainingSpec
 
 MOMENTUM = "momentum/"
+OnGrads = Callable[[list[Tensor]], None]
+OnGradsAndLoss = Callable[[list[Tensor], float], None]
 
 
 @dataclass(frozen=True)
@@ -77,25 +79,34 @@ class Zone:
         # The hook sees the gradient in the layout that the next zone's backward would have got it in.
         x.requires_grad_().register_hook(keep)  # type: ignore[no-untyped-call]
 
-    def backward(self, grads: Sequence[Tensor], *, at: At) -> list[Tensor]:
-        """Step the optimiser with the gradients at the end; returns those at the start, if they were asked for."""
+    def backward(self, grads: Sequence[Tensor], *, at: At, early: OnGrads = lambda _: None) -> list[Tensor]:
+        """Step the optimiser with the gradients at the end; returns those at the start, if they were asked for.
+
+        `early` is given them before the step: whoever waits for them need not wait for the optimiser.
+        """
         outputs, self._outputs = self._outputs, ()
         pairs = [(x, g) for x, g in zip(outputs, grads, strict=True) if x.requires_grad]
         if pairs:  # else all is frozen, and nothing in front of it is asked for
             self.descent.clear()
             torch.autograd.backward([x for x, _ in pairs], [g for _, g in pairs])
+        grads_in = [g for g in self._input_grads if g is not None]
+        self._input_grads = []
+        early(grads_in)
+        if pairs:
             self.descent.step(at.epoch, at.step, at.steps)
-        grads_in, self._input_grads = self._input_grads, []
-        return [g for g in grads_in if g is not None]
+        return grads_in
 
-    def backward_from_labels(self, labels: Tensor, *, at: At) -> tuple[list[Tensor], float]:
+    def backward_from_labels(
+        self, labels: Tensor, *, at: At, early: OnGradsAndLoss = lambda _grads, _loss: None
+    ) -> tuple[list[Tensor], float]:
         """Like `backward` for the zone that ends in logits: mean cross-entropy. Returns (input gradients, loss)."""
         if not self._outputs:
             return [], 0.0
         logits = self._outputs[0].detach().requires_grad_()
         loss = F.cross_entropy(logits, labels)
         (grad,) = torch.autograd.grad(loss, logits)
-        return self.backward([grad], at=at), loss.item()
+        value = loss.item()
+        return self.backward([grad], at=at, early=lambda grads: early(grads, value)), value
 
     def state(self) -> dict[str, Tensor]:
         """Copies of all that a checkpoint needs: weights and, as `momentum/...`, what the optimiser remembers."""
