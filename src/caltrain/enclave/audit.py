@@ -81,16 +81,17 @@ def repeat(zone: Zone, crossed: Sequence[Crossing]) -> None:
 def _compare(own: Sequence[Tensor], theirs: Sequence[Tensor], at: At, what: str) -> None:
     for mine, came in zip(own, theirs, strict=True):
         if not torch.equal(mine.contiguous().view(torch.int32), came.contiguous().view(torch.int32)):
-            raise _caught("audit.other-result", f"in epoch {at.epoch}, step {at.step}, {what} was another one")
+            raise caught("audit.other-result", f"in epoch {at.epoch}, step {at.step}, {what} was another one")
 
 
 def check_end(spec: ModelSpec, zone: Zone, commitment: bytes) -> None:
     """Raise IntegrityError `audit.other-state` unless the repeated steps end in the state that was committed to."""
     if not same(to_raw(model_digest(spec, zone.state())), commitment):
-        raise _caught("audit.other-state", "its weights after these steps are other ones")
+        raise caught("audit.other-state", "its weights after these steps are other ones")
 
 
-def _caught(code: str, what: str) -> IntegrityError:
+def caught(code: str, what: str) -> IntegrityError:
+    """The error of a finding: it stops the run for good."""
     return IntegrityError(
         code,
         f"the center does not compute what the plan says: {what}",

@@ -138,8 +138,8 @@ class Run:
 
     @property
     def resumes(self) -> int:
-        """How often the run was taken up by another enclave."""
-        return self.chain.count("resume")
+        """How often another enclave took up the run before the model was released."""
+        return self.chain.count("resume", before="release")
 
     @property
     def steps(self) -> int:

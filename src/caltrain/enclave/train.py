@@ -14,14 +14,14 @@ import torch
 from caltrain.boundary.channel import Tensors
 from caltrain.boundary.messages import Done, Measured, Train
 from caltrain.boundary.tensors import Role
-from caltrain.enclave.audit import Crossing, check_end, repeat
+from caltrain.enclave.audit import Crossing, caught, check_end, repeat
 from caltrain.enclave.checkpoint import write_checkpoint
 from caltrain.enclave.ingest import unpack
 from caltrain.enclave.measure import measure
 from caltrain.enclave.pool import smallest
 from caltrain.enclave.run import Batch, Course, Run, State, present
 from caltrain.enclave.zones import center_zone, same_center, shown_center
-from caltrain.errors import DataError, ProtocolError
+from caltrain.errors import DataError, IntegrityError, ProtocolError
 from caltrain.models.spec import cut_shapes
 from caltrain.training.batches import augment, normalise
 from caltrain.training.prefetch import Prefetch
@@ -130,7 +130,10 @@ def _short_run(run: Run, length: int, *, durable: bool) -> None:
 
 def _repeat(run: Run, crossed: Sequence[Crossing], began: tuple[int, int], before: bytes) -> None:
     zone = center_zone(run)
-    zone.load(shown_center(run, began, before), step="audit center")
+    try:
+        zone.load(shown_center(run, began, before), step="audit center")
+    except IntegrityError as error:
+        raise caught("audit.other-start", error.what) from error
     repeat(zone, crossed)
     check_end(present(run.plan).model, zone, present(run.course).center)
 

@@ -6,7 +6,6 @@ see: digests, names and counts.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
@@ -70,11 +69,12 @@ class Chain:
         self._length = len(events)
         self._bodies = {_body_key(event.kind, event.body) for event in events}
         self._last = {event.kind: event.body for event in events}
-        self._counts = Counter(event.kind for event in events)
+        self._kinds = [event.kind for event in events]
 
-    def count(self, kind: EventKind) -> int:
-        """How many events of a kind there are."""
-        return self._counts[kind]
+    def count(self, kind: EventKind, *, before: EventKind) -> int:
+        """How many events of a kind there are before the first of another kind."""
+        end = self._kinds.index(before) if before in self._kinds else None
+        return self._kinds[:end].count(kind)
 
     def last(self, kind: EventKind, key: str, default: int) -> int:
         """A number out of the last event of a kind, or `default` where there is none."""
@@ -93,7 +93,7 @@ class Chain:
         self._length += 1
         self._bodies.add(_body_key(kind, body))
         self._last[kind] = body
-        self._counts[kind] += 1
+        self._kinds.append(kind)
         return self._signer.sign("event", event)
 
 

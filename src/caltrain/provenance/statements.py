@@ -1,7 +1,8 @@
 """What the enclave signs about a model.
 
 `audit_rate` is the share of the center's steps that the enclave repeated; 0 means: center not audited.
-`resumes` counts restarts: the audit's chance holds from one to the next, and steps before each may have been repeated.
+`resumes` counts restarts before the release: the audit's chance holds from one to the next, and steps before each may
+have been repeated.
 """
 
 from __future__ import annotations

@@ -85,6 +85,8 @@ class Zone:
         `early` is given them before the step: whoever waits for them need not wait for the optimiser.
         """
         outputs, self._outputs = self._outputs, ()
+        if not outputs:  # there was no forward pass, or its gradients have come already
+            return []
         pairs = [(x, g) for x, g in zip(outputs, grads, strict=True) if x.requires_grad]
         if pairs:  # else all is frozen, and nothing in front of it is asked for
             self.descent.clear()

@@ -199,7 +199,7 @@ CHEATS: dict[str, tuple[Cheat, str]] = {
     "it commits to nothing of this kind": (lying_at(0, 2), "audit.other-state"),
     "it commits to nothing of this kind, at the end": (lying_at(1, 0), "audit.other-state"),
     "it lies of its momentum": (forgetting_momentum, "audit.other-state"),
-    "it shows another state": (showing_another, "center.other-shown"),
+    "it shows another state": (showing_another, "audit.other-start"),
 }
 
 
@@ -222,7 +222,7 @@ def test_a_center_that_shows_more_than_its_own_is_found(head: int) -> None:
     commits_to(world, lambda state: state)  # the honest one passes this way
     world.train()
     shows(world, with_our_front)
-    caught(world, "center.other-shown")
+    caught(world, "audit.other-start")
 
 
 @FORMS

@@ -49,7 +49,7 @@ def test_the_18_layer_network_is_that_of_the_file() -> None:
     found = cfg("cifar.2017")
     assert cifar_18_layer() == found.model
     preset = NETWORKS["cifar10-18-layer"]
-    assert preset.training == found.training(epochs=12)
+    assert msgspec.structs.replace(preset.training, checkpoint_steps=0) == found.training(epochs=12)
     assert (preset.data.shape, preset.data.mean, preset.data.std) == (found.record, (found.mean,), (found.std,))
 
 
