@@ -13,6 +13,7 @@ OnStatus = Callable[[RunStatus], None]
 _PASSING = {
     "host.unreachable": "the host does not answer; waiting for it to come back",
     "enclave.died": "the enclave has ended; waiting for the operator to resume the run",
+    "enclave.did-not-start": "the enclave has not started; waiting for the operator to resume the run",
 }
 _POLL = 0.5
 

@@ -15,6 +15,7 @@ from caltrain.participant.waiting import wait_through
 from support.samples import refused
 
 DIED = EnvironmentFault("enclave.died", "gone", step="train", fix="Resume.")
+NOT_UP = EnvironmentFault("enclave.did-not-start", "killed", step="launch enclave", fix="Resume.")
 CAUGHT = IntegrityError("audit.other-result", "no", step="audit", fix="Stop.")
 
 
@@ -60,12 +61,13 @@ def phase(name: str, *waiting: str) -> RunStatus:
 
 
 def test_deaths_of_host_and_enclave_pass_and_each_is_told_once() -> None:
-    host = Host(phase("train"), None, None, phase("train"), DIED, DIED, None, phase("release"), phase("linked"))
+    host = Host(phase("train"), None, None, phase("train"), DIED, DIED, NOT_UP, None, phase("release"), phase("linked"))
     assert host.wait().phase == "linked"
     assert [step.partition(";")[0] for step in host.steps] == [
         "the host does not answer",
         "the run goes on",
         "the enclave has ended",
+        "the enclave has not started",
         "the host does not answer",
         "the run goes on",
     ]
