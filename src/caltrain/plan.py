@@ -237,6 +237,7 @@ def _check_center(plan: Plan) -> None:
     wrong = {
         "an audited center computes in float32 on the CPU, or its steps could not be repeated": center.audit_rate > 0
         and (center.device, center.precision) != ("cpu", "f32"),
+        "an audit at less than one step in 10,000 would be none": 0 < center.audit_rate < 1e-4,
         "resume_quorum is larger than the number of parties": plan.resume_quorum > len(plan.parties),
         "more layers are frozen than the model has": frozen > len(plan.model.layers),
     }

@@ -80,7 +80,7 @@ def recovers(world: World) -> None:
     ends_as_if_undisturbed(world)
 
 
-class Killed(Exception):
+class Killed(BaseException):
     """Enclave and host end here: nothing after it happens."""
 
 

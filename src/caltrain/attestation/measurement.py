@@ -1,7 +1,8 @@
 """The measurement of the enclave program: what runs inside, in one digest.
 
 It covers the Python files that the enclave may import (its own folder and the vocabulary), the version of Python, and
-for each dependency the hashes that its installed wheel records. The model is not in it: it is data, under the plan.
+for each dependency the hashes that its installed wheel records. The model is not in it: it is data, under the plan. A
+wheel of a user's stages is code: `with_wheel`.
 Neither are compiled caches (`__pycache__`), which Python trusts by date: an image for a TEE must not have any.
 """
 
@@ -46,6 +47,16 @@ def measure_enclave() -> str:
     for name in OPTIONAL:
         h.update(f"{name}\0".encode() + (_wheel_digest(name) if _is_installed(name) else b"absent"))
     return "sha384:" + h.hexdigest()
+
+
+def with_wheel(measurement: str, sha256: str) -> str:
+    """The measurement of that program with a wheel of stages in it, by the wheel's plain `sha256:` digest.
+
+    Its code runs inside, in the same process, so it is part of the program: an enclave that was started with another
+    wheel, or with one at all, does not pass for this one.
+    """
+    raw = b"caltrain:measurement-with-wheel/v1\0" + f"{measurement}\0{sha256}".encode()
+    return "sha384:" + hashlib.sha384(raw).hexdigest()
 
 
 def _is_installed(name: str) -> bool:

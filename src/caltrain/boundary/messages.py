@@ -14,7 +14,7 @@ from msgspec.msgpack import Decoder
 
 from caltrain.attestation.evidence import EvidenceBundle, Nonce, Purpose
 from caltrain.crypto.dsse import Envelope
-from caltrain.models.spec import Cut
+from caltrain.models.spec import MAX_WHEEL_BYTES, Cut
 from caltrain.plan import MAX_PARTIES, MAX_PLAN_BYTES, MAX_SHARDS
 from caltrain.records.commitment import PartyName, ShardId
 
@@ -33,10 +33,14 @@ class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field
 
 
 class Boot(Message, frozen=True, tag="boot"):
-    """First message: what the launcher gives. With simulated evidence, the development root's secret."""
+    """First message: what the launcher gives. With simulated evidence, the development root's secret.
+
+    `wheel` holds the stages of the plan's model, if it has any: it is measured before any message is read.
+    """
 
     kind: Annotated[str, msgspec.Meta(max_length=40)]
     root_secret: Annotated[bytes, msgspec.Meta(min_length=32, max_length=32)]
+    wheel: Annotated[bytes, msgspec.Meta(max_length=MAX_WHEEL_BYTES)] = b""
 
 
 class Configure(Message, frozen=True, tag="configure"):

@@ -19,6 +19,7 @@ from caltrain.crypto.dsse import Envelope
 from caltrain.errors import UNDECODABLE, ConfigError, IntegrityError
 from caltrain.files import read_bounded
 from caltrain.host_client import HostClient
+from caltrain.models.spec import MAX_WHEEL_BYTES
 from caltrain.participant.identity import load_identity
 from caltrain.plan import Plan, Right
 from caltrain.reports.terminal import center_note
@@ -44,8 +45,7 @@ def predict(
     """Predict with a joined model (--model), or sealed, by the enclave (--url, --home, --plan, --policy)."""
     choose(format_)
     if model is not None:
-        from caltrain.models.wheel import MAX_WHEEL_BYTES  # noqa: PLC0415  # torch, only where it is needed
-        from caltrain.participant.model import load_model  # noqa: PLC0415
+        from caltrain.participant.model import load_model  # noqa: PLC0415  # torch, only where it is needed
 
         joined = load_model(model, wheel=read_bounded(wheel, limit=MAX_WHEEL_BYTES) if wheel else None)
         classes, probabilities = joined.predict(read_inputs(inputs, joined.plan))

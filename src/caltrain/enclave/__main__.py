@@ -5,17 +5,19 @@ It imports what it needs, locks itself down, and only then reads its first messa
 
 from __future__ import annotations
 
+import hashlib
 import socket
 import sys
 
 import torch
 import torch._dynamo  # the first optimiser would import it, which behind the lock it cannot
 
-from caltrain.attestation.measurement import measure_enclave
+from caltrain.attestation.measurement import measure_enclave, with_wheel
 from caltrain.attestation.simulated import KIND, SimulatedAttester
 from caltrain.boundary.channel import Channel
 from caltrain.boundary.messages import REQUESTS, Boot, Ready
 from caltrain.boundary.ring import Ring, Side
+from caltrain.crypto.digests import to_text
 from caltrain.crypto.dsse import SigningKey
 from caltrain.enclave.sandbox import lock_down
 from caltrain.enclave.session import enclave_main
@@ -48,10 +50,12 @@ def main(arguments: list[str]) -> int:
                 step="start enclave",
                 fix="Let the host launch the enclave.",
             )
+        if boot.wheel:
+            measurement = with_wheel(measurement, to_text(hashlib.sha256(boot.wheel).digest()))
         states: dict[str, str] = {measure.name: measure.state for measure in sandbox.measures}
         channel.send(Ready(measurement, simulated=True, sandbox=states))
         attester = SimulatedAttester(SigningKey(boot.root_secret), measurement=measurement)
-        enclave_main(channel, attester, storage)
+        enclave_main(channel, attester, storage, wheel=boot.wheel)
     except CaltrainError as error:
         if error.code == "door.closed":  # the host is gone: there is nobody left to tell
             return 0

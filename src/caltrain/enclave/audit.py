@@ -1,9 +1,9 @@
-"""The center's audit: short runs of its steps, chosen in secret, repeated inside bit for bit (DESIGN: the protocol, 9).
+"""The center's audit: short runs of its steps, repeated inside bit for bit (DESIGN: the protocol, 9).
 
-The host commits to its CenterNet's state at the ends of every short run, before it can know whether that run was
-chosen. What crossed in a chosen run the enclave keeps itself, so there is no digest of the host's to believe. Any one
-falsified tensor, or falsified change of state, is found with the probability with which its run is chosen; once is
-enough, because a run with a finding stops for good.
+The host commits to its CenterNet's state at the ends of every short run; whether that run is repeated is drawn after
+the commitment, so nothing can tell before. What crossed in it the enclave keeps itself until then: there is no digest
+of the host's to believe. Any one falsified tensor, or falsified change of state, is found with the probability with
+which its run is drawn; once is enough, because a run with a finding stops for good.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Crossing:
 
 @dataclass
 class Audit:
-    """Which short runs are repeated, what crossed in the present one, and how many were."""
+    """How often short runs are repeated, what crossed in the present one, and how many were."""
 
     rate: float
     length: int
@@ -46,23 +46,19 @@ class Audit:
     runs: int = 0
     audited: int = 0
     crossed: list[Crossing] = field(default_factory=list)
-    _chosen: bool = False
-
-    def begin(self) -> None:
-        """A short run begins: choose, and tell nobody."""
-        self.crossed.clear()
-        self._chosen = self.draw() < self.rate
 
     def note(self, crossing: Crossing) -> None:
         """One step is over."""
-        if self._chosen:
+        if self.rate:
             self.crossed.append(crossing)
 
     def end(self) -> Sequence[Crossing]:
-        """The short run is over: its steps if it was chosen, else nothing."""
+        """The host has committed to the end of a short run: its steps if it is to be repeated, else nothing."""
+        crossed, self.crossed = self.crossed, []
+        chosen = self.draw() < self.rate
         self.runs += 1
-        self.audited += self._chosen
-        return self.crossed
+        self.audited += chosen
+        return crossed if chosen else ()
 
 
 def repeat(zone: Zone, crossed: Sequence[Crossing]) -> None:
@@ -79,6 +75,8 @@ def repeat(zone: Zone, crossed: Sequence[Crossing]) -> None:
 
 
 def _compare(own: Sequence[Tensor], theirs: Sequence[Tensor], at: At, what: str) -> None:
+    if len(own) != len(theirs):
+        raise caught("audit.other-result", f"in epoch {at.epoch}, step {at.step}, {what} was {len(theirs)} tensors")
     for mine, came in zip(own, theirs, strict=True):
         if not torch.equal(mine.contiguous().view(torch.int32), came.contiguous().view(torch.int32)):
             raise caught("audit.other-result", f"in epoch {at.epoch}, step {at.step}, {what} was another one")

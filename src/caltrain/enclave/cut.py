@@ -6,22 +6,24 @@ the host committed to. Shallower lets layers out in clear, as it lets out what t
 
 from __future__ import annotations
 
+import msgspec
+
 from caltrain.boundary.messages import Done, MoveCut
 from caltrain.crypto.digests import to_raw
 from caltrain.crypto.dsse import open_envelope
 from caltrain.enclave.run import Run, State, present
 from caltrain.enclave.zones import center_zone, make_zone, of_layers, same_center, shown_center
 from caltrain.errors import AccessError, IntegrityError, ProtocolError
-from caltrain.models.spec import check_cut, zone_ranges
+from caltrain.models.spec import zone_ranges
 from caltrain.models.weights import encode_state, model_digest
-from caltrain.plan import CutApproval
+from caltrain.plan import CutApproval, check_plan
 
 
 def move_cut(run: Run, message: MoveCut) -> tuple[Done, State]:
     """Move the first cut; the host finds layers that went out as `center-moved`."""
     plan, course = present(run.plan), present(run.course)
     before, after = run.partition, plan.partition.at(message.front)
-    check_cut(plan.model, after)
+    check_plan(msgspec.structs.replace(plan, partition=after))  # what leaves in the end must fit through the door, too
     least = plan.partition.front_at(course.epoch)
     if course.step or not course.epoch or after.front == before.front or after.front < least:
         raise ProtocolError(

@@ -8,7 +8,7 @@ from caltrain.crypto.dsse import open_envelope
 from caltrain.enclave.checkpoint import take_custody, write_checkpoint
 from caltrain.enclave.run import Run, State, present
 from caltrain.errors import AttestationError, ProvisioningError
-from caltrain.models.wheel import MAX_WHEEL_BYTES, load_wheel
+from caltrain.models.wheel import load_wheel
 from caltrain.plan import (
     ManifestParty,
     Party,
@@ -52,9 +52,16 @@ def check_program(run: Run, plan: Plan) -> None:
 
 
 def take_wheel(run: Run, plan: Plan) -> None:
-    """Load the wheel whose digest the plan names, if it names one; the host keeps it as `wheel`."""
+    """Load the wheel that was measured with this program, which must be the one that the plan names."""
+    if (plan.model.wheel is None) != (not run.wheel):
+        raise AttestationError(
+            "plan.other-wheel",
+            "the plan names a wheel and the enclave was started without, or the reverse",
+            step="configure",
+            fix="Start the enclave with the wheel that the plan names.",
+        )
     if plan.model.wheel is not None:
-        run.factory = load_wheel(run.door.read_all("wheel", limit=MAX_WHEEL_BYTES), plan.model.wheel)
+        run.factory = load_wheel(run.wheel, plan.model.wheel)
     run.door.max_rms = plan.center.max_rms
 
 

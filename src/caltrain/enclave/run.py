@@ -101,6 +101,8 @@ class Run:
     manifest: RunManifest | None = None
     countersigned: set[str] = field(default_factory=set)
     seed: bytes = b""
+    wheel: bytes = b""
+    """The wheel that was measured with the program, if any."""
     factory: Factory = no_wheel
     custody: Custody | None = None
     pool: Pool | None = None

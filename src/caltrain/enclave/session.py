@@ -89,17 +89,17 @@ TABLE: dict[tuple[State, type], tuple[Handler, frozenset[State]]] = {
 _HARMLESS = frozenset({State.NEW, State.ENROLLING, State.RESUMING, State.AGREEING, State.LINKED})
 
 
-def enclave_main(channel: Channel, attester: Attester, storage: Channel | None = None) -> None:
+def enclave_main(channel: Channel, attester: Attester, storage: Channel | None = None, *, wheel: bytes = b"") -> None:
     """Serve requests until `Stop` or the end of the stream (which raises EnvironmentFault)."""
     vault = Vault(attester)
-    run = Run(vault=vault, door=Door(channel, storage), chain=Chain(vault.signing, run=vault.run))
+    run = Run(vault=vault, door=Door(channel, storage), chain=Chain(vault.signing, run=vault.run), wheel=wheel)
     while run.state is not State.STOPPED:
         request = channel.receive(REQUESTS)
         channel.send(handle(run, request))
 
 
 def handle(run: Run, request: Request) -> Reply:
-    """One request through the table. Never raises a CaltrainError: it becomes a `Failed` reply."""
+    """One request through the table. Never raises: an error becomes a `Failed` reply, one of our own makes it fatal."""
     if isinstance(request, Stop):
         run.state = State.STOPPED
         return Done()
@@ -115,6 +115,9 @@ def handle(run: Run, request: Request) -> Reply:
         events = tuple(run.chain.append(kind, body) for kind, body in run.pending)
     except CaltrainError as error:
         return Failed(error.diagnostics(), fatal, _stopped(run, error) if fatal else ())
+    except Exception:  # noqa: BLE001  # what it says may hold anything: the host is told that it was, and no more
+        internal = _refused("enclave.internal", f"the enclave failed unexpectedly while the run was {before}")
+        return Failed(internal.diagnostics(), fatal=True, events=_stopped(run, internal))
     run.state = after
     return msgspec.structs.replace(reply, events=events)
 

@@ -17,11 +17,11 @@ from caltrain.boundary.tensors import Role
 from caltrain.enclave.audit import Crossing, caught, check_end, repeat
 from caltrain.enclave.checkpoint import write_checkpoint
 from caltrain.enclave.ingest import unpack
-from caltrain.enclave.measure import measure
+from caltrain.enclave.measure import measure, rounded
 from caltrain.enclave.pool import smallest
 from caltrain.enclave.run import Batch, Course, Run, State, present
 from caltrain.enclave.zones import center_zone, same_center, shown_center
-from caltrain.errors import DataError, IntegrityError, ProtocolError
+from caltrain.errors import CaltrainError, DataError, IntegrityError, ProtocolError
 from caltrain.models.spec import cut_shapes
 from caltrain.training.batches import augment, normalise
 from caltrain.training.prefetch import Prefetch
@@ -48,6 +48,9 @@ def train(run: Run, message: Train) -> tuple[Done, State]:
         measured, state = _end_epoch(run, course)
     if audit.rate:
         run.record("audit", {"rate": audit.rate, "runs": audit.runs, "repeated": audit.audited})
+    for zone in (run.front, run.head):  # else it would replace the last good checkpoint, and could not be opened
+        if zone is not None:
+            _check_finite([value.float() for value in zone.state().values()], "the inner weights")
     write_checkpoint(run, state)
     reply = Done(loss=loss, held_out=measured, state=state, at=(course.epoch, course.step), front=course.front)
     return reply, state
@@ -93,9 +96,10 @@ def _end_epoch(run: Run, course: Course) -> tuple[Measured | None, State]:
     run.batches = None
     measured = measure(run) if run.held_out else None
     if measured is not None:
-        body |= {"held_out": f"{measured.loss:.6f}", "top1": f"{measured.top1:.6f}", "top2": f"{measured.top2:.6f}"}
         course.since = 0 if measured.loss < course.best else course.since + 1
         course.best = min(course.best, measured.loss)
+        measured = rounded(measured)
+        body |= {"held_out": f"{measured.loss:.3f}", "top1": f"{measured.top1:.3f}", "top2": f"{measured.top2:.3f}"}
     run.record("epoch", body)
     course.epoch, course.step = course.epoch + 1, 0
     early = training.patience > 0 and course.since >= training.patience
@@ -116,7 +120,6 @@ def _short_run(run: Run, length: int, *, durable: bool) -> None:
     """Some steps, the host's commitment to what they made of the CenterNet, and the audit if they were chosen."""
     course, audit = present(run.course), present(run.audit)
     began, before = (course.epoch, course.step), course.center
-    audit.begin()
     for _ in range(length):
         audit.note(_step(run, course))
         course.step += 1
@@ -133,7 +136,13 @@ def _repeat(run: Run, crossed: Sequence[Crossing], began: tuple[int, int], befor
     try:
         zone.load(shown_center(run, began, before), step="audit center")
     except IntegrityError as error:
+        if error.reported:
+            raise caught("audit.not-shown", "the host did not show its state") from error
         raise caught("audit.other-start", error.what) from error
+    except CaltrainError as error:
+        if error.code == "door.closed":
+            raise
+        raise caught("audit.not-shown", "the host did not show its state") from error
     repeat(zone, crossed)
     check_end(present(run.plan).model, zone, present(run.course).center)
 
@@ -142,13 +151,7 @@ def _step(run: Run, course: Course) -> Crossing:
     x, labels = next(present(run.batches))
     front, at = present(run.front), At(course.epoch, course.step, run.steps)
     ir = front.forward((x,), at=at, needs_input_grad=False)
-    if not all(bool(torch.linalg.vector_norm(t).isfinite()) for t in ir):
-        raise DataError(
-            "train.overflow",
-            "the FrontNet's values for a batch are not finite numbers",
-            step="train",
-            fix="Lower the learning rate; with f32 data, look for records with huge elements.",
-        )
+    _check_finite(ir, "the FrontNet's values for a batch")
     shapes = [tuple(t.shape) for t in ir]
     if run.head is None:
         (loss,) = _exchange(run, {"ir": ir, "labels": (labels,)}, "loss", [(1,)], at)
@@ -158,11 +161,22 @@ def _step(run: Run, course: Course) -> Crossing:
         out = _exchange(run, {"ir": ir}, "center-out", _center_shapes(run, len(x)), at)
         run.head.forward(out, at=at, needs_input_grad=True)
         out_grad, value = run.head.backward_from_labels(labels, at=at)
+        _check_finite([*out_grad, torch.tensor(value)], "the HeadNet's loss or its gradient")
         grads = _exchange(run, {"center-grad": out_grad}, "ir-grad", shapes, at)
         crossing = Crossing(at, ir, grads, out, tuple(out_grad), loss=value)
     front.backward(grads, at=at)
     course.loss += crossing.loss
     return crossing
+
+
+def _check_finite(tensors: Sequence[torch.Tensor], what: str) -> None:
+    if not all(bool(torch.linalg.vector_norm(t).isfinite()) for t in tensors):
+        raise DataError(
+            "train.overflow",
+            f"{what} are not finite numbers",
+            step="train",
+            fix="Lower the learning rate; with f32 data, look for records with huge elements.",
+        )
 
 
 def _exchange(

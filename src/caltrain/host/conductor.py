@@ -230,6 +230,7 @@ class Conductor:
                 slot_bytes=slot_bytes(self.plan),
                 threads=self.plan.training.threads,
                 root_secret=self._root_secret,
+                wheel=self.store.read_whole("wheel") if self.plan.model.wheel else b"",
                 on_progress=self._on_progress,
                 on_events=self._keep_events,
                 log=log,

@@ -190,6 +190,7 @@ def launch(
     slot_bytes: int,
     threads: int,
     root_secret: bytes,
+    wheel: bytes = b"",
     on_progress: OnProgress,
     on_events: OnEvents,
     log: int,
@@ -223,7 +224,7 @@ def launch(
         target=_serve_until_closed, args=(store, Channel(our_storage)), name="storage", daemon=True
     ).start()
     try:
-        channel.send(Boot("simulated", root_secret))
+        channel.send(Boot("simulated", root_secret, wheel))
         ready = channel.receive(REPLIES_AND_CALLS)
         if not isinstance(ready, Ready):
             raise _misbehaves("its first words are not Ready")

@@ -23,6 +23,7 @@ MAX_TOTAL = 32 << 20
 _NAME = re.compile(r"(?!.*(^|/)\.{1,2}(/|$))[A-Za-z0-9_.+ -]+(/[A-Za-z0-9_.+ -]+)*")
 _NATIVE = re.compile(r"\.(so|pyd|dylib|dll|pyc)(\.|$)", re.IGNORECASE)
 _LEVELS_AND_UTF8 = 0x0806  # what the flags may say: how hard deflate tried, and how the name is spelled
+_ZIP64_LOCATOR = 20
 _END = struct.Struct("<4s4H2LH")  # signature, disks (2), entries (2), size and offset of the directory, comment
 _HEADER = struct.Struct("<4s5H3L2H")  # signature, version, flags, method, time, date, crc, sizes (2), lengths (2)
 
@@ -62,6 +63,10 @@ def _directory(raw: bytes) -> list[zipfile.ZipInfo]:
     _, disk, first_disk, here, entries, size, offset, comment = _end(raw)
     if (disk, first_disk, comment, here, offset + size + _END.size) != (0, 0, 0, entries, len(raw)):
         raise _odd("its end does not describe it")
+    if (
+        raw[-_END.size - _ZIP64_LOCATOR :][:4] == b"PK\6\7"
+    ):  # it leads Python, and not all readers, to another directory
+        raise _odd("it has a second directory (ZIP64)")
     if entries > MAX_MEMBERS or size > MAX_DIRECTORY:
         raise _odd(f"it has {entries} files and a directory of {size} bytes")
     try:

@@ -35,6 +35,7 @@ from caltrain.models.layers import (
 MAX_ACTIVATION = 1 << 26
 MAX_WEIGHTS = 1 << 30
 MAX_LIVE = 32
+MAX_WHEEL_BYTES = 16 << 20
 Side = Annotated[int, msgspec.Meta(ge=1, le=4096)]
 Cut = Annotated[int, msgspec.Meta(ge=0, le=MAX_LAYERS)]
 

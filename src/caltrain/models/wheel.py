@@ -27,9 +27,8 @@ from caltrain.errors import ConfigError, IntegrityError
 from caltrain.models.archive import read_sources
 from caltrain.models.importer import MemoryModules
 from caltrain.models.layers import Shape, Stage, refuse
-from caltrain.models.spec import Wheel
+from caltrain.models.spec import MAX_WHEEL_BYTES, Wheel
 
-MAX_WHEEL_BYTES = 16 << 20
 Factory = Callable[[Stage], nn.Module]
 
 

@@ -14,6 +14,7 @@ from caltrain.crypto.digests import canonical_json, digest
 from caltrain.errors import DataError
 
 MAX_RECORD_BYTES = 4 << 20
+_LARGEST = 1e30
 _MAGIC = b"CTR1"
 _DTYPES: dict[str, tuple[int, np.dtype[np.generic]]] = {
     "u8": (1, np.dtype("u1")),
@@ -56,9 +57,10 @@ def check_schema(schema: DataSchema) -> None:
         raise _unfit("schema.duplicate-class", "two classes have the same name")
     channels = schema.shape[0]
     for name, values in (("mean", schema.mean), ("std", schema.std)):
-        if len(values) not in {1, channels} or not all(math.isfinite(v) for v in values):
+        # As the float32 that they are used as: larger ones would be infinite, smaller ones zero.
+        if len(values) not in {1, channels} or not all(abs(v) <= _LARGEST for v in values):
             raise _unfit("schema.normalisation", f"{name} needs 1 or {channels} finite numbers")
-    if min(schema.std) <= 0:
+    if min(schema.std) < 1 / _LARGEST:
         raise _unfit("schema.normalisation", "std must be above 0")
 
 

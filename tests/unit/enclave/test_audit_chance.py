@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -31,7 +32,6 @@ def found(rate: float, cheat: int, *, runs: int, seed: int) -> bool:
     """Whether a cheat in one short run is among the repeated ones."""
     audit, repeated = Audit(rate, 1, draw=random.Random(seed).random), []
     for number in range(runs):
-        audit.begin()
         audit.note(Crossing(At(0, number, runs), (), ()))
         repeated += [crossing.at.step for crossing in audit.end()]
     assert (audit.runs, audit.audited) == (runs, len(repeated))
@@ -118,8 +118,17 @@ def test_up_to_its_commitment_a_host_cannot_tell_whether_a_run_is_repeated(head:
 def test_what_a_run_kept_for_the_audit_is_what_crossed(head: int) -> None:
     world = World(head=head, epochs=1, change=planned(rate=1.0, length=3)).run_to(State.READY)
     audit = present(world.run.audit)
+    kept: list[Crossing] = []
+    end = audit.end
+
+    def keeping() -> Sequence[Crossing]:
+        crossed = end()
+        kept.extend(crossed)
+        return crossed
+
+    setattr(audit, "end", keeping)  # noqa: B010  # a type checker lets nobody replace a method
     world.train()
-    kept = list(audit.crossed)
+    assert len(kept) == 3
     out = [(c.head.step, c.head.role, c.tensors) for c in world.host.log if c.head is not None]
     for step, crossing in enumerate(kept):
         assert crossing.at == At(0, step, 3)
@@ -129,5 +138,28 @@ def test_what_a_run_kept_for_the_audit_is_what_crossed(head: int) -> None:
             assert all(torch.equal(a, b) for a, b in zip(crossing.out_grad, sent["center-grad"], strict=True))
         else:
             assert torch.equal(present(crossing.labels), sent["labels"][0])
-    audit.begin()
     assert not audit.crossed
+
+
+@FORMS
+def test_what_crossed_is_kept_whether_it_will_be_repeated_or_not(head: int) -> None:
+    """Memory that grows for chosen runs only would tell the host in the middle of one."""
+    sizes = []
+    for draw in (0.0, 0.99):
+        world = World(head=head, epochs=1, change=planned(rate=0.5, length=3)).run_to(State.READY)
+        held: list[int] = []
+        audit = present(drawing(world, lambda draw=draw: draw).run.audit)  # type: ignore[misc]
+        commit = world.host.commit
+
+        def noting(
+            call: m.CommitCenter, audit: Audit = audit, held: list[int] = held, commit: Any = commit
+        ) -> m.Answer:
+            held.append(len(audit.crossed))
+            answer: m.Answer = commit(call)
+            return answer
+
+        world.host.on_commit = noting
+        world.train()
+        sizes.append(held)
+    assert sizes[0] == sizes[1]
+    assert max(sizes[0]) == 3

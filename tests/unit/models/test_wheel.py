@@ -33,7 +33,7 @@ from caltrain.models.archive import read_sources
 from caltrain.models.blocks import KeyedDropout, key_dropouts
 from caltrain.models.layers import AvgPool, Conv, Linear, Stage
 from caltrain.models.network import build, set_draws
-from caltrain.models.spec import ModelSpec, Partition, Wheel
+from caltrain.models.spec import MAX_WHEEL_BYTES, ModelSpec, Partition, Wheel
 from caltrain.models.weights import state_of
 from caltrain.models.wheel import Factory, check_stage, load_wheel, no_wheel
 from caltrain.training.seeds import Draws
@@ -248,7 +248,7 @@ def test_another_or_too_large_a_file_is_refused_before_it_is_read(monkeypatch: p
     monkeypatch.setattr(module, "read_sources", lambda _: pytest.fail("read"))
     wheel = named(RAW, "acme_blocks.stages:make")
     refused("wheel.other-digest", lambda: load_wheel(RAW + b"x", wheel), IntegrityError)
-    large = bytes(module.MAX_WHEEL_BYTES + 1)
+    large = bytes(MAX_WHEEL_BYTES + 1)
     refused("wheel.too-large", lambda: load_wheel(large, named(large, "a:b")), IntegrityError)
     largest = large[:-1]
     with pytest.raises(pytest.fail.Exception, match="read"):
