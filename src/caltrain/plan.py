@@ -240,6 +240,9 @@ def _check_center(plan: Plan) -> None:
         "an audit at less than one step in 10,000 would be none": 0 < center.audit_rate < 1e-4,
         "resume_quorum is larger than the number of parties": plan.resume_quorum > len(plan.parties),
         "more layers are frozen than the model has": frozen > len(plan.model.layers),
+        "the cut deepens after the last epoch (they count from 0)": any(
+            step.epoch >= plan.training.epochs for step in plan.partition.deepen
+        ),
     }
     for what, holds in wrong.items():
         if holds:

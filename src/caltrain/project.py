@@ -94,14 +94,14 @@ def create_project(
 
 
 def _toml(value: Plan | Policy) -> bytes:
-    return msgspec.toml.encode(_without_none(msgspec.to_builtins(value)))
+    return msgspec.toml.encode(_without_nothing(msgspec.to_builtins(value)))
 
 
-def _without_none(value: object) -> object:
-    """TOML has no null: a key that is not there says the same."""
+def _without_nothing(value: object) -> object:
+    """TOML has no null, and a key set to an empty list cannot be a table later on: an absent key says the same."""
     if isinstance(value, dict):
-        return {key: _without_none(entry) for key, entry in value.items() if entry is not None}
-    return [_without_none(entry) for entry in value] if isinstance(value, list | tuple) else value
+        return {key: _without_nothing(entry) for key, entry in value.items() if entry not in (None, [], ())}
+    return [_without_nothing(entry) for entry in value] if isinstance(value, list | tuple) else value
 
 
 @contextmanager

@@ -357,6 +357,12 @@ UNUSABLE: dict[str, tuple[Path, object, type[CaltrainError], str]] = {
         ConfigError,
         "model.not-deeper",
     ),
+    "a cut that deepens after the end": (
+        ("partition",),
+        {"front": 1, "deepen": [{"epoch": 2, "front": 2}]},
+        ConfigError,
+        CONTRADICTION,
+    ),
     "a cut that deepens to nothing": (
         ("partition", "deepen"),
         [{"epoch": 1, "front": 5}],
@@ -380,9 +386,9 @@ USABLE: dict[str, tuple[Path, object]] = {
     "bf16 on any device without an audit": (("center",), {"device": "any", "precision": "bf16"}),
     "a quorum of all": (("resume_quorum",), 2),
     "everything frozen": (("training", "initial"), {"sha256": ZEROS, "frozen": 6}),
-    "a cut that deepens twice": (
+    "a cut that deepens in the last epoch": (
         ("partition",),
-        {"front": 1, "deepen": [{"epoch": 1, "front": 2}, {"epoch": 2, "front": 3}]},
+        {"front": 1, "deepen": [{"epoch": 1, "front": 2}]},
     ),
     "records cropped": (("model", "size"), [2, 2]),
 }

@@ -60,6 +60,8 @@ class Verified(msgspec.Struct, frozen=True, kw_only=True):
     center_audited: bool
     audit_rate: float = 0.0
     resumes: int = 0
+    front_public: bool = False
+    """Training began from public weights (by the plan), so the FrontNet is no secret."""
 
 
 def read_bundle(path: Path) -> TraceBundle:
@@ -106,6 +108,7 @@ def verify_bundle(bundle: TraceBundle, *, plan_digest: str, head: str | None = N
         center_audited=linked.audit_rate > 0,
         audit_rate=linked.audit_rate,
         resumes=linked.resumes,
+        front_public=plan.training.initial is not None,
     )
 
 

@@ -12,6 +12,7 @@ from caltrain.cli.output import Format, FormatOption, choose, emit, say
 from caltrain.files import read_bounded
 from caltrain.models.darknet_text import MAX_CFG_BYTES
 from caltrain.participant.identity import load_identity
+from caltrain.plan_summary import summarise
 from caltrain.presets import STARTS, StartName, preset_from_cfg, with_cut
 from caltrain.project import DEFAULT_PARTIES, create_project
 
@@ -66,21 +67,7 @@ def new(
 def check(path: PlanArgument, format_: FormatOption = Format.TEXT) -> None:
     """Check a plan and say what it amounts to."""
     choose(format_)
-    plan = read_plan(path)
-    emit(
-        {
-            "name": plan.name,
-            "digest": plan.digest(),
-            "form": plan.partition.form,
-            "layers": len(plan.model.layers),
-            "front": plan.partition.front,
-            "head": plan.partition.head,
-            "parties": [party.name for party in plan.parties],
-            "users": [user.name for user in plan.users],
-            "measurement": plan.enclave.measurement,
-        },
-        title="The plan is usable",
-    )
+    emit(summarise(read_plan(path)), title="The plan is usable")
 
 
 @app.command()

@@ -117,6 +117,8 @@ def verify(
     if verified.simulated:
         say_simulated()
     say(center_note(verified.audit_rate, verified.resumes))
+    if verified.front_public:
+        say("training began from public weights: the FrontNet is no secret")
     emit(
         {
             "verified": True,
@@ -130,6 +132,7 @@ def verify(
             "head": verified.head,
             "simulated": verified.simulated,
             "center_audited": verified.center_audited,
+            "front_public": verified.front_public,
         },
         title="The bundle verifies",
     )

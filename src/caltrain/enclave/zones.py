@@ -10,7 +10,7 @@ from caltrain.errors import IntegrityError
 from caltrain.models.network import build
 from caltrain.models.spec import zone_ranges
 from caltrain.models.weights import State, decode_state, model_digest
-from caltrain.training.initial import MAX_INITIAL_BYTES, load_initial, start_from
+from caltrain.training.initial import MAX_INITIAL_BYTES, frozen_layers, load_initial, start_from
 from caltrain.training.zone import Zone
 
 _SLACK = 1 << 20
@@ -40,7 +40,7 @@ def begin_weights(run: Run) -> None:
         state = load_initial(run.door.read_all("initial", limit=MAX_INITIAL_BYTES), plan.training.initial)
         for zone in (run.front, run.head, center):
             if zone is not None:
-                start_from(zone.module, state, plan.model)
+                start_from(zone.module, state, plan.model, frozen=frozen_layers(plan.model, plan.training))
     if center is not None:
         course.center = to_raw(model_digest(plan.model, center.state()))
 

@@ -16,7 +16,7 @@ from caltrain.models.spec import zone_ranges
 from caltrain.models.weights import State, encode_state, model_digest, state_of
 from caltrain.models.wheel import Factory, no_wheel
 from caltrain.plan import Plan
-from caltrain.training.initial import start_from
+from caltrain.training.initial import frozen_layers, start_from
 from caltrain.training.zone import At, Zone
 
 _KEPT = 2
@@ -112,7 +112,7 @@ class Center:
 
     def start_from(self, state: State) -> None:
         """Begin with those of the plan's public weights that belong here. Raises ConfigError, IntegrityError."""
-        start_from(self.zone.module, state, self._plan.model)
+        start_from(self.zone.module, state, self._plan.model, frozen=_frozen(self._plan))
         self._kept.clear()
 
     def restore(self, state: State) -> None:
@@ -136,6 +136,10 @@ class Center:
     def _send(self, channel: Channel, tensors: Sequence[Tensor], role: Role, head: TensorHead) -> None:
         back = self._device.take_back(tensors)
         channel.send_tensors(back, role=role, run=head.run, epoch=head.epoch, step=head.step)
+
+
+def _frozen(plan: Plan) -> int:
+    return frozen_layers(plan.model, plan.training)
 
 
 def _layer(name: str) -> str:

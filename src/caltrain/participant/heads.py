@@ -14,11 +14,12 @@ from collections.abc import Callable
 import msgspec
 
 from caltrain.crypto.digests import same
-from caltrain.crypto.dsse import envelope_from_json
-from caltrain.errors import LineageError
+from caltrain.crypto.dsse import Envelope, envelope_from_json, open_envelope
+from caltrain.errors import IntegrityError, LineageError
 from caltrain.host_client import HostClient, RunStatus
 from caltrain.participant.identity import Identity
 from caltrain.participant.journal import KeptRun, keep_run, kept_run
+from caltrain.plan import Plan, RunManifest
 from caltrain.provenance.chain import Event, empty_head, verify_chain
 
 MAX_CHAIN_BYTES = 1 << 28
@@ -40,6 +41,27 @@ def known_run(identity: Identity, run: str) -> KeptRun:
     return kept
 
 
+def shown_manifest(host: HostClient, *, step: str) -> RunManifest:
+    """The manifest of the host's run, under the key that it claims. That it is ours, `check_ours` says."""
+    signed = host.get("/v1/manifest", Envelope)
+    return open_envelope(signed, "run-manifest", signed.signer, RunManifest, step=step)
+
+
+def check_ours(manifest: RunManifest, plan: Plan, identity: Identity) -> None:
+    """Check that this party countersigned that manifest for this plan.
+
+    Raises LineageError `run.unknown`, IntegrityError `rejoin.other-manifest`.
+    """
+    kept = known_run(identity, manifest.run)
+    if not same(manifest.digest(), kept.manifest) or manifest.plan != plan.digest():
+        raise IntegrityError(
+            "rejoin.other-manifest",
+            f"the host shows the manifest {manifest.digest()}, {identity.name} countersigned {kept.manifest}",
+            step="compare manifests",
+            fix="Give no word: this is not the run, or not the plan, that was agreed on.",
+        )
+
+
 def look(host: HostClient, identity: Identity, run: str) -> tuple[Event, ...]:
     """Fetch the chain, verify it up to its end and through our kept head, and keep its end as the new one.
 
@@ -57,7 +79,7 @@ def look(host: HostClient, identity: Identity, run: str) -> tuple[Event, ...]:
     if kept.events and not same(events[kept.events - 1].digest(), kept.head):
         raise _turned_back("chain.forked", f"another event stands where {identity.name} saw the {kept.events}th")
     head = events[-1].digest() if events else empty_head(run)
-    keep_run(identity.folder, run, msgspec.structs.replace(kept, head=head, events=len(events)))
+    keep_run(identity.folder, run, msgspec.structs.replace(kept, head=head, events=len(events), words=0))
     return events
 
 

@@ -12,9 +12,9 @@ from typing import Annotated
 
 import msgspec
 
-from caltrain.crypto.digests import Digest
+from caltrain.crypto.digests import Digest, same
 from caltrain.crypto.dsse import PublicKey
-from caltrain.errors import UNDECODABLE, ConfigError, ProvisioningError
+from caltrain.errors import UNDECODABLE, ConfigError, LineageError, ProvisioningError
 from caltrain.participant.files import alone, write_whole
 
 
@@ -31,14 +31,17 @@ def remember_manifest(folder: Path, *, plan: str, manifest: str, allow_second: b
         write_whole(path, msgspec.json.encode(entries | {plan: manifest}))
 
 
-def refuse_second(folder: Path, *, plan: str) -> None:
-    """Raise ProvisioningError `manifest.second` when a manifest of this plan was countersigned before.
+def signed_before(folder: Path, *, plan: str) -> str | None:
+    """Digest of the manifest of this plan that was countersigned. Raises ConfigError `journal.unreadable`.
 
     Asked before anything leaves, so that a second enclave of the same plan does not get the data key either.
     """
-    before = _read(folder / "journal.json").get(plan)
-    if before is not None:
-        raise _second(f"the manifest {before} of this plan is signed already", step="join")
+    return _read(folder / "journal.json").get(plan)
+
+
+def second_manifest(before: str) -> ProvisioningError:
+    """What a party says that has signed `before` and is shown no run of it."""
+    return _second(f"the manifest {before} of this plan is signed already; the host runs another one", step="join")
 
 
 def _read(path: Path) -> dict[str, str]:
@@ -67,13 +70,17 @@ def _second(what: str, *, step: str) -> ProvisioningError:
 
 
 class KeptRun(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """What a party keeps of a run that it countersigned: whose it is, and how much of its chain it has verified."""
+    """What a party keeps of a run that it countersigned: whose it is, and how much of its chain it has verified.
+
+    `words` counts how often it let the run go on from this very head, in another enclave each time.
+    """
 
     plan: Digest
     manifest: Digest
     signing_key: PublicKey
     head: Digest
     events: Annotated[int, msgspec.Meta(ge=0)] = 0
+    words: Annotated[int, msgspec.Meta(ge=0)] = 0
 
 
 def keep_run(folder: Path, run: str, kept: KeptRun) -> None:
@@ -87,6 +94,27 @@ def keep_run(folder: Path, run: str, kept: KeptRun) -> None:
         before = runs.get(run)
         if before is None or before.events < kept.events:
             write_whole(path, msgspec.json.encode(runs | {run: kept}))
+
+
+def count_word(folder: Path, run: str, *, head: str) -> int:
+    """Note that a word will be given for the newest head that was kept; returns which one it is, from 1.
+
+    On return the note is on the disk. Raises LineageError `chain.rolled-back` where `head` is no longer the newest.
+    """
+    path = folder / "heads.json"
+    with alone(folder):
+        runs = _read_runs(path)
+        kept = runs.get(run)
+        if kept is None or not same(kept.head, head):
+            raise LineageError(
+                "chain.rolled-back",
+                f"the word would be for {head}; another process of this party has seen more of the run",
+                step="rejoin",
+                fix="Start `party rejoin` again: it looks at the chain anew.",
+            )
+        counted = msgspec.structs.replace(kept, words=kept.words + 1)
+        write_whole(path, msgspec.json.encode(runs | {run: counted}))
+    return counted.words
 
 
 def kept_run(folder: Path, run: str) -> KeptRun | None:

@@ -5,7 +5,7 @@
 (3) fresh nonce -> evidence for the purpose `resume` -> our policy, and the plan's program
 (4) the chain verifies under the signing key of that manifest, passes through the newest head that this party has kept,
     and holds a checkpoint
-(5) only then: data key, run and the chain's head, sealed to the new enclave and signed
+(5) only then: the word is counted in the party's folder; data key, run and the chain's head, sealed to the new enclave and signed
 
 What that proves. The enclave goes on only from the chain's end that a quorum signed, and only from the checkpoint that
 this chain names last; so the host can neither turn the run back behind the head that any signing party has kept, nor
@@ -24,14 +24,13 @@ from typing import Any
 from caltrain.attestation.evidence import EvidenceBundle
 from caltrain.attestation.verify import Policy, match_plan, verify_evidence
 from caltrain.boundary.sealed import ResumeSecret, seal_message
-from caltrain.crypto.digests import same
-from caltrain.crypto.dsse import Envelope, open_envelope
-from caltrain.errors import IntegrityError, LineageError, ProtocolError
+from caltrain.errors import LineageError, ProtocolError
 from caltrain.host_client import HostClient
-from caltrain.participant.heads import known_run, look
+from caltrain.participant.heads import check_ours, look, shown_manifest
 from caltrain.participant.identity import Identity
 from caltrain.participant.join import check_named
-from caltrain.plan import Plan, RunManifest
+from caltrain.participant.journal import count_word
+from caltrain.plan import Plan
 from caltrain.provenance.chain import Event
 
 _STEP = "rejoin"
@@ -43,7 +42,8 @@ class Rejoined:
     """The word that was given: for which place of which run. `at` is the (epoch, step) that training goes on from.
 
     `resumed` counts earlier restarts: each may have repeated steps. `stopped` says why the enclave ended before, where
-    it did so by itself.
+    it did so by itself. `words` counts this party's words for this very head: where it is more than 1, an enclave that
+    got an earlier one may still live.
     """
 
     run: str
@@ -52,6 +52,7 @@ class Rejoined:
     at: tuple[int, int] | None
     resumed: int
     stopped: tuple[str, ...]
+    words: int
     simulated: bool
 
 
@@ -91,6 +92,7 @@ def rejoin(
     head = events[-1].digest()
     word = ResumeSecret(data_key=identity.data_key, run=run, head=head)
     envelope = seal_message("rejoin", word, binding=bundle.binding, sender=identity.name, signer=identity.signer)
+    words = count_word(identity.folder, run, head=head)
     host.post(f"/v1/parties/{identity.name}/rejoin", envelope, dict[str, Any])
     return Rejoined(
         run=run,
@@ -99,23 +101,15 @@ def rejoin(
         at=at,
         resumed=sum(event.kind == "resume" for event in events),
         stopped=tuple(str(event.body.get("code")) for event in events if event.kind == "stopped"),
+        words=words,
         simulated=claims.simulated,
     )
 
 
 def same_run(host: HostClient, plan: Plan, identity: Identity) -> str:
     """Id of the run whose manifest the host shows, once it is one that this party countersigned for this plan."""
-    signed = host.get("/v1/manifest", Envelope)
-    # Under the key that it claims: which run it is. That it is ours, our own note of its digest says.
-    manifest = open_envelope(signed, "run-manifest", signed.signer, RunManifest, step=_STEP)
-    kept = known_run(identity, manifest.run)
-    if not same(manifest.digest(), kept.manifest) or manifest.plan != plan.digest():
-        raise IntegrityError(
-            "rejoin.other-manifest",
-            f"the host shows the manifest {manifest.digest()}, {identity.name} countersigned {kept.manifest}",
-            step=_STEP,
-            fix="Give no word: this is not the run, or not the plan, that was agreed on.",
-        )
+    manifest = shown_manifest(host, step=_STEP)
+    check_ours(manifest, plan, identity)
     return manifest.run
 
 

@@ -41,13 +41,13 @@ def check_given(training: TrainingSpec, state: State | None) -> None:
         raise _unfit("initial.missing", "initial weights are named and not given, or given and not named")
 
 
-def start_from(module: Network, state: State, spec: ModelSpec) -> None:
+def start_from(module: Network, state: State, spec: ModelSpec, *, frozen: int = 0) -> None:
     """Copy into a zone, or a whole model, those tensors of `state` that are its own; the rest stays as drawn.
 
-    Names are those of the whole model: number of the layer, then the name within it. Raises ConfigError
-    `initial.no-layers` (no tensors at all) or `initial.unknown-layers` (a name that the model does not have, which may
-    be a misspelt one: what is not wanted has to be left out of the file), IntegrityError `weights.malformed` (shape,
-    type, not finite). After an error nothing is copied.
+    Names are those of the whole model: number of the layer, then the name within it. Layers below `frozen` must be all
+    there. Raises ConfigError `initial.no-layers` (no tensors at all), `initial.frozen-missing` or
+    `initial.unknown-layers` (a name that the model does not have, maybe a misspelt one: leave out what is not wanted),
+    IntegrityError `weights.malformed` (shape, type, not finite). After an error nothing is copied.
     """
     if not state:
         raise _unfit("initial.no-layers", "the file holds no tensors")
@@ -57,6 +57,9 @@ def start_from(module: Network, state: State, spec: ModelSpec) -> None:
     unknown = [name for name in state if name.partition(".")[0] not in everywhere] + [n for n in mine if n not in own]
     if unknown:
         raise _unfit("initial.unknown-layers", f"the model has no {', '.join(map(repr, sorted(unknown)[:4]))}"[:400])
+    bare = [name for name in own if int(name.partition(".")[0]) < frozen and name not in mine]
+    if bare:
+        raise _unfit("initial.frozen-missing", f"{bare[0]} is frozen and not in the file: it would stay random")
     check_state({name: own[name] for name in mine}, mine, step=_STEP)
     with torch.no_grad():
         for name, value in mine.items():

@@ -65,7 +65,7 @@ def train_plain(
         initialise(part.module, part.seed)
     lay_out(model, channels_last=training.channels_last)
     if initial is not None:
-        start_from(model, initial, spec)
+        start_from(model, initial, spec, frozen=frozen_layers(spec, training))
     freeze(model, frozen_layers(spec, training))
     model.train()
     descent = Descent(model, training)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +14,8 @@ from caltrain.attestation.verify import Policy
 from caltrain.crypto.dsse import Envelope
 from caltrain.participant.identity import load_identity
 from caltrain.plan import check_approval, parse_plan, parse_toml
-from caltrain.project import Project
+from caltrain.plan_summary import summarise
+from caltrain.project import Project, create_project
 from support.commands import Cli
 
 Edits = Callable[[str, str], Path]
@@ -95,17 +97,8 @@ def test_new_on_a_full_disk_is_a_named_error_and_leaves_nothing(
 def test_check_says_what_a_plan_amounts_to(project: Project, cli: Cli) -> None:
     shown = cli("plan", "check", project.plan_path, as_json=True)
     assert shown.code == 0
-    assert shown.json == {
-        "name": "digits with 2 parties",
-        "digest": project.plan.digest(),
-        "form": "ternary",
-        "layers": len(project.plan.model.layers),
-        "front": 2,
-        "head": 1,
-        "parties": ["alder", "birch"],
-        "users": ["analyst"],
-        "measurement": project.plan.enclave.measurement,
-    }
+    assert shown.json == msgspec.to_builtins(summarise(project.plan))
+    assert shown.json["digest"] == project.plan.digest()
     assert project.plan.digest() in cli("plan", "check", project.plan_path).out
 
 
@@ -185,5 +178,29 @@ def test_what_check_prints_as_text_is_what_it_prints_as_json(project: Project, c
         cli("plan", "check", project.plan_path).out,
         cli("plan", "check", project.plan_path, as_json=True).json,
     )
-    for value in found.values():
-        assert (", ".join(value) if isinstance(value, list) else str(value)) in text
+    shown = {key: value for key, value in found.items() if value is not None}
+    for key, value in shown.items():
+        assert key in text
+        if isinstance(value, str | int) and not isinstance(value, bool):
+            assert str(value) in text
+    assert ", ".join(found["parties"]) in text
+    assert f"layers {found['front_net']['layers']}, learning" in text
+    assert not any(key in text for key in found.keys() - shown.keys())
+
+
+def test_what_new_writes_can_be_given_a_cut_that_deepens(project: Project, tmp_path: Path, cli: Cli) -> None:
+    path = tmp_path / "deepening.toml"
+    path.write_bytes(project.plan_path.read_bytes() + b"\n[[partition.deepen]]\nepoch = 1\nfront = 3\n")
+    assert cli("plan", "check", project.plan_path, as_json=True).json["cut_by_epoch"] is None
+    shown = cli("plan", "check", path, as_json=True).json
+    assert [(step["epoch"], step["front"]) for step in shown["cut_by_epoch"]] == [(0, 2), (1, 3)]
+    assert "epoch 1, front 3" in cli("plan", "check", path).out
+
+
+def test_what_new_leaves_out_of_the_text_does_not_change_the_plan(tmp_path: Path) -> None:
+    project = create_project(tmp_path / "project", preset="digits", parties=["ann"], users=[])
+    written = tomllib.loads(project.plan_path.read_text(encoding="utf-8"))
+    assert "users" not in written
+    assert "deepen" not in written["partition"]
+    assert parse_plan(project.plan_path.read_bytes()) == project.plan
+    assert parse_plan(project.plan_path.read_bytes()).digest() == project.plan.digest()

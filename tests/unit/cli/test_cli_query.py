@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from caltrain.attestation.verify import Claims
-from caltrain.auditor.bundle import TraceBundle
+from caltrain.auditor.bundle import TraceBundle, Verified, verify_bundle
 from caltrain.boundary.sealed import Answers, Neighbour, TraceStatement
 from caltrain.cli import files, query
 from caltrain.client.ask import Answered
@@ -337,10 +337,24 @@ def test_verify_says_what_a_bundle_proves(traced: tuple[World, TraceBundle], bun
         "head": head,
         "simulated": True,
         "center_audited": False,
+        "front_public": False,
     }
     text = cli("verify", bundle, "--plan-digest", world.plan.digest()).out
     assert text.count("simulated enclave") == 1
     assert text.count("center not audited") == 1
+    assert "public weights" not in text
+
+
+def test_verify_says_that_the_front_net_is_no_secret(
+    traced: tuple[World, TraceBundle], bundle: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def public(found: TraceBundle, *, plan_digest: str, head: str | None) -> Verified:
+        return msgspec.structs.replace(verify_bundle(found, plan_digest=plan_digest, head=head), front_public=True)
+
+    monkeypatch.setattr("caltrain.cli.query.verify_bundle", public)
+    words = ("verify", bundle, "--plan-digest", traced[0].plan.digest())
+    assert cli(*words).out.count("training began from public weights: the FrontNet is no secret") == 1
+    assert cli(*words, as_json=True).json["front_public"] is True
 
 
 def test_verify_counts_what_was_disclosed(

@@ -263,3 +263,14 @@ def test_the_plain_loop_wants_initial_weights_exactly_if_they_are_named(
     training: TrainingSpec, state: dict[str, Tensor] | None
 ) -> None:
     refused(ConfigError, "initial.missing", lambda: plain_state(SPEC, Partition(front=3), training, initial=state))
+
+
+def test_a_frozen_layer_that_the_file_lacks_is_refused_and_nothing_is_copied() -> None:
+    model = build(SPEC, input_shape=SCHEMA.shape)
+    before = state_of(model)
+    lacking = {name: value for name, value in pretrained().items() if not name.startswith("0.")}
+    start_from(model, lacking, SPEC)
+    model.load_state_dict(before)
+    with pytest.raises(ConfigError, match=r"^initial\.frozen-missing"):
+        start_from(model, lacking, SPEC, frozen=1)
+    assert differing(state_of(model), before) == set()
