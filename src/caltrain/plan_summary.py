@@ -118,12 +118,16 @@ def _computes(plan: Plan) -> str:
 
 def _wheel(plan: Plan) -> str | None:
     wheel = plan.model.wheel
-    return wheel and f"{wheel.sha256}, {wheel.factory}: its code runs inside: read it before approving"
+    if wheel is None:
+        return None
+    return f"{wheel.sha256}, {wheel.factory}: its code runs inside: read it before approving"
 
 
 def _initial(plan: Plan) -> str | None:
     initial = plan.training.initial
-    return initial and f"{initial.sha256}, {initial.frozen} layers frozen: the FrontNet is not secret"
+    if initial is None:
+        return None
+    return f"{initial.sha256}, {initial.frozen} layers frozen: the FrontNet is not secret"
 
 
 def _user(user: User) -> str:

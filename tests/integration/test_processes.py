@@ -22,7 +22,7 @@ from caltrain.auditor.bundle import verify_bundle
 from caltrain.auditor.collect import collect_bundle
 from caltrain.client.ask import ask
 from caltrain.crypto.dsse import Envelope
-from caltrain.errors import EnvironmentFault, ProtocolError, ProvisioningError
+from caltrain.errors import EnvironmentFault, ProtocolError
 from caltrain.host.kept import newest_checkpoint
 from caltrain.host.store import Store
 from caltrain.participant.disclose import disclose, note_disclosure
@@ -109,19 +109,15 @@ def test_a_trace_of_the_run_is_verified_without_it(finished: Company) -> None:
     assert chain_of(finished)[-1].kind == "disclosure"
 
 
-def test_nobody_joins_a_run_a_second_time(finished: Company) -> None:
-    before = tree(finished.parties[0].folder)
-    for allowed, code in ((False, "manifest.second"), (True, "join.too-late")):
-        with finished.client() as client, refused(ProvisioningError, code):
-            join(
-                client,
-                finished.plan,
-                finished.parties[0],
-                finished.policy,
-                clock=lambda: datetime.now(UTC),
-                allow_second_manifest=allowed,
-            )
-    assert tree(finished.parties[0].folder) == before
+def test_who_joins_a_finished_run_again_gets_its_model_again(finished: Company) -> None:
+    party, kept = finished.parties[0], finished.results["alpha"]
+    model = run_folder(party, kept.run) / "model.safetensors"
+    before = model.read_bytes()
+    model.unlink()
+    with finished.client() as client:
+        again = join(client, finished.plan, party, finished.policy, clock=lambda: datetime.now(UTC))
+    assert again == kept
+    assert model.read_bytes() == before
 
 
 def shard_url(company: Company) -> tuple[str, Path]:

@@ -55,9 +55,8 @@ def test_a_plain_plan_has_one_cut_and_nothing_special() -> None:
 
 
 def test_every_tensor_that_crosses_counts_and_the_cut_is_told_by_epoch() -> None:
-    model = ModelSpec(
-        layers=(Conv(filters=4), Conv(filters=4), Conv(filters=4), Shortcut(source=0), AvgPool(), Linear(units=3))
-    )
+    conv = Conv(filters=4)
+    model = ModelSpec(layers=(conv, conv, conv, Shortcut(source=0), conv, AvgPool(), Linear(units=3)))
     partition = Partition(front=1, head=1, deepen=(Deepen(epoch=1, front=2), Deepen(epoch=3, front=4)))
     found = summarise(plan(model=model, partition=partition))
     tensor = 4 * 4 * 4 * 4

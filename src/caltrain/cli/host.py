@@ -66,16 +66,17 @@ def serve(
     check_given(agreed, files, kept=folder if resume else None)
     sock = bind(address, port)
     host, bound = sock.getsockname()[:2]
-    say_simulated()
-    emit(
-        {
-            "url": f"http://[{host}]:{bound}" if ":" in host else f"http://{host}:{bound}",
-            "plan": agreed.digest(),
-            "simulated": True,
-            "simulated_root": operator.signer.public,
-        },
-        title="Serving until Ctrl-C",
-    )
+    served = {
+        "url": f"http://[{host}]:{bound}" if ":" in host else f"http://{host}:{bound}",
+        "plan": agreed.digest(),
+        "simulated": True,
+        "simulated_root": operator.signer.public,
+    }
+
+    def on_ready() -> None:
+        say_simulated()
+        emit(served, title="Serving until Ctrl-C")
+
     serve_run(
         agreed,
         folder=folder,
@@ -86,6 +87,7 @@ def serve(
         anew=anew,
         device=device,
         given=files,
+        on_ready=on_ready,
     )
 
 

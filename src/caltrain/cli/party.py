@@ -162,6 +162,8 @@ def rejoin(
         return
     if given.simulated:
         say_simulated()
+    if given.words > 1:
+        say(f"word number {given.words} for one head: the former enclave may still live")
     emit(
         {
             "party": identity.name,
@@ -172,6 +174,7 @@ def rejoin(
             "head": given.head,
             "resumed_before": given.resumed,
             "stopped_by_itself": given.stopped,
+            "word": given.words,
             "simulated": given.simulated,
         },
         title="Word given",

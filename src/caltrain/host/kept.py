@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 from contextlib import suppress
+from pathlib import Path
 
 from caltrain.crypto.decoders import json_decoder
 from caltrain.crypto.digests import digest
@@ -35,7 +36,7 @@ def kept_events(store: Store) -> list[Event]:
     Raises ProtocolError `resume.nothing` without one, `resume.damaged-chain`.
     """
     if not store.path("chain.jsonl").is_file():
-        raise _nothing(store)
+        raise _nothing(store.root)
     try:
         return [_event(line) for line in store.read_whole("chain.jsonl").splitlines()]
     except UNDECODABLE as error:
@@ -60,7 +61,13 @@ def newest_checkpoint(store: Store) -> str:
             raw = store.read_whole(name)[: int(named[-1]["size"])]
             if digest("checkpoint/v1", raw) == named[-1]["sealed"]:
                 return name
-    raise _nothing(store)
+    raise _nothing(store.root)
+
+
+def check_holds_run(folder: Path) -> None:
+    """Raise ProtocolError `resume.nothing` for a folder with nothing to resume, before anything is made in it."""
+    if not any((folder / name).is_file() for name in _CHECKPOINTS) or not (folder / "chain.jsonl").is_file():
+        raise _nothing(folder)
 
 
 def check_resumable(store: Store, plan: Plan) -> None:
@@ -98,10 +105,10 @@ def last_cut(store: Store) -> int:
     return next((int(e.body["front"]) for e in reversed(kept_events(store)) if e.kind == "cut"), 0)
 
 
-def _nothing(store: Store) -> ProtocolError:
+def _nothing(folder: Path) -> ProtocolError:
     return ProtocolError(
         "resume.nothing",
-        f"{store.root} holds no checkpoint of a run",
+        f"{folder} holds no checkpoint of a run",
         step="resume",
         fix="Nothing was trained yet, or the folder is not that of the run: have the parties join a new run.",
     )

@@ -113,7 +113,8 @@ class Enclave:
             "enclave.died",
             f"the enclave program has ended (exit status {_end(self.process)})",
             step="converse with the enclave",
-            fix="Read enclave.log in the host's folder, then start a new run: what the enclave held is lost.",
+            fix="Read enclave.log in the host's folder, stop the host and serve the folder again with --resume: "
+            "what was not checkpointed is trained again.",
         )
 
     def _converse(self, message: Request) -> Done:

@@ -1,6 +1,6 @@
 """Take part in a run: approve, upload, verify the enclave, provision, countersign, receive the model.
 
-(1) no manifest of this plan was signed before, or a second one is allowed; the host's plan is the one we hold
+(1) no other manifest of this plan was signed before, or a second one is allowed; the host's plan is the one we hold
 (2) send approval and sealed shards
 (3) fresh nonce -> evidence -> our policy
 (4) only then: data key and entropy, sealed
@@ -8,6 +8,9 @@
 (6) no other manifest of this plan was signed: countersign
 (7) wait for the run, through deaths of host and enclave, keeping the newest head of its chain that we have verified
 (8) open our part, join it, compare digests, keep the chain
+
+A join that ended after (6) is started again at (7), where the host still shows the run with the very manifest that was
+countersigned; nothing is sent then.
 """
 
 from __future__ import annotations
@@ -17,24 +20,26 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
+from typing import Any, TypeVar
 
 from caltrain.attestation.evidence import Binding, EvidenceBundle
 from caltrain.attestation.verify import Claims, Policy, match_plan, verify_evidence
 from caltrain.boundary.sealed import PartySecret, ProvisionReceipt, seal_message, transcript_digest
+from caltrain.crypto.digests import same
 from caltrain.crypto.dsse import Envelope, open_envelope
 from caltrain.errors import EnvironmentFault, IntegrityError, ProvisioningError
-from caltrain.host_client import HostClient
-from caltrain.participant.heads import Lookout
+from caltrain.host_client import HostClient, RunStatus
+from caltrain.participant.heads import Lookout, check_ours, shown_manifest
 from caltrain.participant.identity import Identity
-from caltrain.participant.journal import KeptRun, keep_run, refuse_second, remember_manifest
+from caltrain.participant.journal import KeptRun, keep_run, remember_manifest, second_manifest, signed_before
 from caltrain.participant.receive import receive
 from caltrain.participant.seal import own_shards, shard_path
-from caltrain.participant.waiting import OnStep, wait_through
+from caltrain.participant.waiting import OnStatus, OnStep, wait_through
 from caltrain.plan import ManifestApproval, ManifestShard, Plan, PlanApproval, RunManifest
 from caltrain.provenance.chain import empty_head
 
 _AFTER_PROVISIONING = {"countersignatures", "shards", "start", "ingest", "train", "cut", "release", "link", "linked"}
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -64,9 +69,81 @@ def join(
     allow_second_manifest: bool = False,
     on_step: OnStep = lambda _text: None,
 ) -> RunManifest:
-    """All eight steps. Returns the manifest of the finished run; the party's folder holds model and chain."""
-    if not allow_second_manifest:
-        refuse_second(identity.folder, plan=plan.digest())
+    """All eight steps, or from the seventh on what an earlier join of this run left.
+
+    Returns the manifest of the finished run; the party's folder holds model and chain.
+    """
+    manifest = _countersigned_already(
+        host, plan, identity, seconds=seconds, allow_second=allow_second_manifest, on_step=on_step
+    )
+    if manifest is None:
+        manifest = _enter(
+            host,
+            plan,
+            identity,
+            policy,
+            clock=clock,
+            seconds=seconds,
+            allow_second=allow_second_manifest,
+            on_step=on_step,
+        )
+    _see_through(host, plan, identity, manifest, deadline=time.monotonic() + seconds, on_step=on_step)
+    on_step("received and joined the model, kept the head of the chain")
+    return manifest
+
+
+def _countersigned_already(
+    host: HostClient, plan: Plan, identity: Identity, *, seconds: float, allow_second: bool, on_step: OnStep
+) -> RunManifest | None:
+    """The manifest of the host's run, where an earlier join countersigned it; None where this plan has none yet.
+
+    Raises ProvisioningError `manifest.second` where the host runs the plan a second time, unless that is allowed.
+    """
+    before = signed_before(identity.folder, plan=plan.digest())
+    if before is None:
+        return None
+    check_named(plan, identity)
+    manifest = _shown(host, identity.name, deadline=time.monotonic() + seconds, on_step=on_step)
+    if manifest is None or not same(manifest.digest(), before):
+        if allow_second:
+            return None
+        raise second_manifest(before)
+    check_ours(manifest, plan, identity)
+    on_step("countersigned already: waiting for the run's end")
+    return manifest
+
+
+def _shown(host: HostClient, party: str, *, deadline: float, on_step: OnStep) -> RunManifest | None:
+    """The manifest of the run that the host is at, None for a run that has none yet."""
+
+    def signed(status: RunStatus) -> None:
+        if status.phase == "countersignatures" and party in status.waiting_for:
+            raise _too_late(f"{party}'s countersignature did not reach the host")
+
+    def fetch() -> RunManifest:
+        return shown_manifest(host, step="join")
+
+    phases = {"resume"} | _AFTER_PROVISIONING
+    try:
+        return _when(host, phases, fetch, party=party, deadline=deadline, on_status=signed, on_step=on_step)
+    except ProvisioningError as error:
+        if error.code != "join.begun-anew":
+            raise
+        return None
+
+
+def _enter(
+    host: HostClient,
+    plan: Plan,
+    identity: Identity,
+    policy: Policy,
+    *,
+    clock: Callable[[], datetime],
+    seconds: float,
+    allow_second: bool,
+    on_step: OnStep,
+) -> RunManifest:
+    """Steps one to six: from the approval to the countersignature."""
     approval, shards = approval_of(plan, identity), own_shards(identity)
     theirs = host.get("/v1/plan", Plan)
     if theirs.digest() != plan.digest():
@@ -81,19 +158,12 @@ def join(
         host.upload(f"/v1/parties/{identity.name}/shards/{shard.shard}", shard_path(identity, shard.shard))
     on_step(f"approved the plan, sent {len(shards)} sealed shards")
     if host.wait_for({"provisioning"} | _AFTER_PROVISIONING, seconds=seconds).phase != "provisioning":
-        raise ProvisioningError(
-            "join.too-late",
-            f"the run has all keys already, {identity.name}'s too: a join that broke off cannot be taken up again",
-            step="wait for provisioning",
-            fix="Have the operator start the run anew, and all parties join again.",
-        )
+        raise _too_late(f"the run has all keys already, {identity.name}'s too")
     membership = provision(host, plan, identity, policy, shards=shards, clock=clock)
     on_step(f"verified the {'simulated ' if membership.claims.simulated else ''}enclave, handed over the data key")
     host.wait_for(_AFTER_PROVISIONING, seconds=seconds)
-    manifest = countersign(host, identity, membership, allow_second=allow_second_manifest)
+    manifest = countersign(host, identity, membership, allow_second=allow_second)
     on_step(f"countersigned the manifest of run {manifest.run}")
-    _see_through(host, plan, identity, manifest, deadline=time.monotonic() + seconds, on_step=on_step)
-    on_step("received and joined the model, kept the head of the chain")
     return manifest
 
 
@@ -101,16 +171,32 @@ def _see_through(
     host: HostClient, plan: Plan, identity: Identity, manifest: RunManifest, *, deadline: float, on_step: OnStep
 ) -> None:
     """Wait for the run's end and receive the model, as often as the host dies on the way."""
+
+    def fetch() -> None:
+        receive(host, plan, identity, manifest)
+
     lookout = Lookout(host, identity, manifest.run)
+    _when(host, {"linked"}, fetch, party=identity.name, deadline=deadline, on_status=lookout, on_step=on_step)
+
+
+def _when(
+    host: HostClient,
+    phases: set[str],
+    fetch: Callable[[], _T],
+    *,
+    party: str,
+    deadline: float,
+    on_status: OnStatus,
+    on_step: OnStep,
+) -> _T:
+    """What `fetch` gets once the run is in one of `phases`; tried again where the host is gone in between."""
     while True:
-        wait_through(host, {"linked"}, party=identity.name, deadline=deadline, on_status=lookout, on_step=on_step)
+        wait_through(host, phases, party=party, deadline=deadline, on_status=on_status, on_step=on_step)
         try:
-            receive(host, plan, identity, manifest)
+            return fetch()
         except EnvironmentFault as error:
             if error.code != "host.unreachable" or time.monotonic() > deadline:
                 raise
-        else:
-            return
 
 
 def provision(
@@ -186,6 +272,15 @@ def check_named(plan: Plan, identity: Identity) -> None:
             step="approve plan",
             fix="Have the plan corrected; it must hold the public key of your identity.json.",
         )
+
+
+def _too_late(what: str) -> ProvisioningError:
+    return ProvisioningError(
+        "join.too-late",
+        f"{what}: a join that broke off before it countersigned cannot be taken up again",
+        step="join",
+        fix="Have the operator start the run anew, and all parties join again.",
+    )
 
 
 def _mismatch(what: str) -> IntegrityError:

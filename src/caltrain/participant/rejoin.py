@@ -5,7 +5,8 @@
 (3) fresh nonce -> evidence for the purpose `resume` -> our policy, and the plan's program
 (4) the chain verifies under the signing key of that manifest, passes through the newest head that this party has kept,
     and holds a checkpoint
-(5) only then: the word is counted in the party's folder; data key, run and the chain's head, sealed to the new enclave and signed
+(5) only then: the word is counted in the party's folder, and leaves: data key, run and the chain's head, sealed to the
+    new enclave and signed
 
 What that proves. The enclave goes on only from the chain's end that a quorum signed, and only from the checkpoint that
 this chain names last; so the host can neither turn the run back behind the head that any signing party has kept, nor

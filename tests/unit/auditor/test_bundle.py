@@ -27,7 +27,7 @@ from caltrain.provenance.chain import Chain, EventKind
 from caltrain.provenance.statements import LinkedModel
 from caltrain.records.commitment import RecordRef
 from caltrain.records.disclosure import Disclosure
-from caltrain.training.spec import CenterSpec
+from caltrain.training.spec import CenterSpec, InitialWeights
 from support.folders import signed_manifest
 from support.samples import refused
 from support.scripted_host import ScriptedHost
@@ -128,6 +128,30 @@ def test_a_sound_bundle_says_what_it_proves(audit: Audit) -> None:
         shard = next(shard for shard in shards if shard.header.shard == reference.shard)
         assert verified.records[reference] == shard.records[reference.leaf]
     assert len(verified.records) == 2
+
+
+def test_a_bundle_of_a_run_from_public_weights_says_so(audit: Audit) -> None:
+    assert not audit.verify().front_public
+    world, signing = audit.world, audit.signing
+    initial = InitialWeights(sha256=OTHER)
+    training = msgspec.structs.replace(world.plan.training, initial=initial)
+    plan = msgspec.structs.replace(world.plan, training=training)
+    manifest = msgspec.structs.replace(world.manifest, plan=plan.digest())
+    chain = Chain(signing, run=manifest.run)
+    events = (
+        chain.append("plan", {"plan": plan.digest()}),
+        chain.append("manifest", {"manifest": manifest.digest()}),
+        chain.append("link", {"model": world.run.model_digest}),
+    )
+    bundle = msgspec.structs.replace(
+        audit.bundle,
+        plan=plan,
+        manifest=signing.sign("run-manifest", manifest),
+        countersignatures={name: party.countersign(manifest) for name, party in world.parties.items()},
+        trace=audit.retraced(head=chain.head),
+        chain=events,
+    )
+    assert verify_bundle(bundle, plan_digest=plan.digest()).front_public
 
 
 def test_a_head_that_a_party_kept_earlier_is_passed(audit: Audit) -> None:

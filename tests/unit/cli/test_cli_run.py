@@ -32,6 +32,7 @@ def served(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
 
     def serve(plan: object, **options: Any) -> None:
         given.update(options, plan=plan)
+        options["on_ready"]()
 
     monkeypatch.setattr("caltrain.host.server.serve", serve)
     yield given

@@ -3,24 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
+import msgspec
 import numpy as np
 import pytest
 
 from caltrain.cli import host as host_commands
 from caltrain.cli import party as party_commands
+from caltrain.crypto.dsse import SigningKey
 from caltrain.errors import DataError, IntegrityError, LineageError
 from caltrain.host_client import RunStatus
 from caltrain.participant.identity import load_identity
 from caltrain.participant.rejoin import Rejoined
 from caltrain.participant.seal import own_shards, shard_path
 from caltrain.project import Project
+from caltrain.provenance.chain import Chain
 from support.commands import Cli
 
 WORD = Rejoined(
-    run="0" * 32, head="sha256:" + "1" * 64, events=9, at=(2, 7), resumed=1, stopped=("host.reported",), simulated=True
+    run="0" * 32,
+    head="sha256:" + "1" * 64,
+    events=9,
+    at=(2, 7),
+    resumed=1,
+    stopped=("host.reported",),
+    words=1,
+    simulated=True,
 )
 
 
@@ -66,9 +77,27 @@ def test_what_does_not_fit_is_refused_and_nothing_is_served(
 
 
 def test_a_folder_without_a_run_is_not_resumed(project: Project, tmp_path: Path, cli: Cli) -> None:
+    folder = tmp_path / "host"
     shown = cli(*serving(project, tmp_path, "--resume"))
-    assert shown.code == 15
+    assert (shown.code, shown.out) == (15, "")
     assert "resume.nothing" in shown.err
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize("as_json", [True, False])
+def test_a_run_that_would_be_lost_is_all_that_is_said(
+    as_json: bool, project: Project, tmp_path: Path, cli: Cli
+) -> None:
+    folder = tmp_path / "host"
+    folder.mkdir()
+    event = Chain(SigningKey(), run="0" * 32).append("checkpoint", {})
+    (folder / "chain.jsonl").write_bytes(msgspec.json.encode(event) + b"\n")
+    shown = cli(*serving(project, tmp_path), as_json=as_json)
+    if as_json:
+        assert shown.error["code"] == "host.unfinished-run"
+    else:
+        assert shown.out == ""
+        assert "host.unfinished-run" in shown.err
 
 
 class FakeHost:
@@ -171,11 +200,22 @@ def test_rejoin_says_for_what_the_word_was_given(project: Project, cli: Cli, mon
         "head": WORD.head,
         "resumed_before": 1,
         "stopped_by_itself": ["host.reported"],
+        "word": 1,
         "simulated": True,
     }
     ((plan, identity, policy, seconds),) = called
     assert (plan, identity.name, policy, seconds) == (project.plan, "alder", project.policy, 7)
-    assert "simulated enclave" in cli(*rejoining(project)).out
+    text = cli(*rejoining(project)).out
+    assert "simulated enclave" in text
+    assert "for one head" not in text
+
+
+def test_rejoin_says_that_a_former_enclave_may_still_live(
+    project: Project, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(party_commands, "rejoin_run", lambda *_, **__: replace(WORD, words=2))
+    assert "word number 2 for one head: the former enclave may still live" in cli(*rejoining(project)).out
+    assert cli(*rejoining(project), as_json=True).json["word"] == 2
 
 
 def test_rejoin_says_when_no_word_is_waited_for(project: Project, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:

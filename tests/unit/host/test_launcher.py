@@ -275,6 +275,7 @@ def test_an_enclave_that_dies_in_a_conversation_is_named_with_its_status(stage: 
     with refused(EnvironmentFault, "enclave.died") as caught:
         stage.enclave.request(ASKED)
     assert "exit status -9" in caught.value.what
+    assert "with --resume" in caught.value.fix
     with refused(EnvironmentFault, "enclave.died"):
         stage.enclave.request(ASKED)
     with refused(EnvironmentFault, "enclave.died"):

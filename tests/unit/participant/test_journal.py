@@ -12,7 +12,7 @@ import msgspec
 import pytest
 
 from caltrain.errors import ConfigError, EnvironmentFault, ProvisioningError
-from caltrain.participant.journal import refuse_second, remember_manifest
+from caltrain.participant.journal import remember_manifest, signed_before
 from support.disk import files_end_at, tree
 from support.samples import refused
 
@@ -62,13 +62,12 @@ def test_a_second_manifest_takes_the_first_ones_place_where_it_is_allowed(tmp_pa
         remember(tmp_path, "plan", "one")
 
 
-def test_a_plan_that_was_signed_once_is_refused_before_there_is_a_manifest(tmp_path: Path) -> None:
-    refuse_second(tmp_path, plan="plan")
+def test_a_plan_that_was_signed_once_is_known_before_there_is_a_manifest(tmp_path: Path) -> None:
+    assert signed_before(tmp_path, plan="plan") is None
     assert tree(tmp_path) == {}
     remember(tmp_path, "plan", "one")
-    refuse_second(tmp_path, plan="another plan")
-    with refused(ProvisioningError, "manifest.second"):
-        refuse_second(tmp_path, plan="plan")
+    assert signed_before(tmp_path, plan="another plan") is None
+    assert signed_before(tmp_path, plan="plan") == "one"
 
 
 def test_plans_do_not_get_into_each_others_way(tmp_path: Path) -> None:
@@ -84,7 +83,7 @@ def test_a_damaged_journal_is_no_empty_one(tmp_path: Path, damage: bytes) -> Non
         with refused(ConfigError, "journal.unreadable"):
             remember(tmp_path, "plan", "one", allow_second=allow)
     with refused(ConfigError, "journal.unreadable"):
-        refuse_second(tmp_path, plan="plan")
+        signed_before(tmp_path, plan="plan")
     assert tree(tmp_path) == {"journal.json": damage}
 
 

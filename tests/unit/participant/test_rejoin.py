@@ -20,6 +20,7 @@ from caltrain.errors import (
     AttestationError,
     CaltrainError,
     ConfigError,
+    EnvironmentFault,
     IntegrityError,
     LineageError,
     ProtocolError,
@@ -30,7 +31,7 @@ from caltrain.host_client import HostClient, RunStatus
 from caltrain.participant.cut import agree_to_cut
 from caltrain.participant.heads import Lookout, look
 from caltrain.participant.identity import Identity
-from caltrain.participant.journal import KeptRun, keep_run, kept_run
+from caltrain.participant.journal import KeptRun, count_word, keep_run, kept_run
 from caltrain.participant.rejoin import Rejoined, rejoin
 from caltrain.plan import CutApproval
 from caltrain.provenance.chain import Chain, empty_head
@@ -142,6 +143,7 @@ def test_with_every_partys_word_the_run_goes_on(resumed: Resumed) -> None:
         at=(1, 0),
         resumed=0,
         stopped=(),
+        words=1,
         simulated=True,
     )
     assert (kept_now(resumed).head, kept_now(resumed).events) == (word.head, word.events)
@@ -312,6 +314,42 @@ def test_earlier_restarts_are_counted(resumed: Resumed) -> None:
     word = resumed.rejoin()
     assert word is not None
     assert word.resumed == 1
+
+
+def test_words_for_one_head_are_counted_before_they_leave(resumed: Resumed) -> None:
+    for number in (1, 2):  # the enclave that got the first one never went on: the chain stands where it stood
+        if number == 2:
+            resumed.world.restart()
+            resumed.world.done(resumed.world.resume())
+        word = resumed.rejoin()
+        assert word is not None
+        assert (word.words, kept_now(resumed).words) == (number, number)
+    looked(resumed)
+    assert kept_now(resumed).words == 2  # it was no other head
+    for other in ("beta", "gamma"):
+        resumed.world.done(resumed.world.rejoin(other))
+    looked(resumed)
+    assert kept_now(resumed).words == 0
+
+
+def test_a_word_that_the_host_does_not_take_is_counted_too(resumed: Resumed) -> None:
+    def lost(_: Any) -> Any:
+        raise httpx.ReadError("the connection breaks while the word is on its way")
+
+    resumed.edit["parties/alpha/rejoin"] = lost
+    with refused(EnvironmentFault, "host.unreachable"):
+        resumed.rejoin()
+    assert kept_now(resumed).words == 1
+
+
+def test_no_word_is_counted_for_a_head_that_is_no_longer_the_newest(resumed: Resumed) -> None:
+    looked(resumed)
+    before = tree(resumed.alpha.folder)
+    with refused(LineageError, "chain.rolled-back"):
+        count_word(resumed.alpha.folder, resumed.run, head=OTHER)
+    with refused(LineageError, "chain.rolled-back"):
+        count_word(resumed.alpha.folder, "0" * 32, head=OTHER)
+    assert tree(resumed.alpha.folder) == before
 
 
 # -- looking while waiting ---------------------------------------------------------------------------------------
