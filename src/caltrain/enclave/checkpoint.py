@@ -21,6 +21,7 @@ from caltrain.crypto.aead import OVERHEAD, seal, unseal
 from caltrain.crypto.decoders import msgpack_decoder
 from caltrain.crypto.digests import Digest, digest, to_text
 from caltrain.crypto.kdf import derive
+from caltrain.enclave.finite import check_finite
 from caltrain.enclave.pool import PoolPlace
 from caltrain.enclave.run import Course, Custody, Run, State, present
 from caltrain.errors import UNDECODABLE, IntegrityError
@@ -92,19 +93,21 @@ def _share_aad(run: str, party: str) -> bytes:
 
 
 def write_checkpoint(run: Run, state: State) -> None:
-    """Seal the run as it is (it goes on in `state`) and note the event that makes it count."""
-    custody, course = present(run.custody), run.course
+    """Seal the run as it is (it goes on in `state`) and note the event that makes it count.
+
+    Raises DataError `train.overflow` for weights that are not finite; then nothing is written.
+    """
+    custody, course, salt = present(run.custody), run.course, os.urandom(32)
     snapshot = msgspec.msgpack.encode(_snapshot(run, state))
     header = msgspec.msgpack.encode(
         CheckpointHeader(
             run=run.vault.run,
             plan=present(run.plan).digest(),
-            salt=os.urandom(32),
+            salt=salt,
             size=len(snapshot),
             shares=custody.shares,
         )
     )
-    salt = msgspec.msgpack.decode(header, type=CheckpointHeader).salt
     sealed = seal(_key(custody.key, salt), snapshot, aad=header)
     blob = _LENGTH.pack(len(header)) + header + sealed
     run.door.write(f"checkpoint-{custody.written % 2}", blob, offset=0)
@@ -121,6 +124,8 @@ def _snapshot(run: Run, state: State) -> Snapshot:
     tensors: dict[str, Tensor] = {}
     for side, zone in (("front", run.front), ("head", run.head)):
         tensors |= {f"{side}/{name}": value for name, value in zone.state().items()} if zone else {}
+    # Else they would replace the last good checkpoint, and could not be loaded.
+    check_finite(tensors.values(), "the inner weights")
     audit = run.audit
     return Snapshot(
         state=state,

@@ -12,11 +12,12 @@ from caltrain.boundary.messages import Done, MoveCut
 from caltrain.crypto.digests import to_raw
 from caltrain.crypto.dsse import open_envelope
 from caltrain.enclave.run import Run, State, present
-from caltrain.enclave.zones import center_zone, make_zone, of_layers, same_center, shown_center
+from caltrain.enclave.zones import center_zone, make_zone, same_center, shown_center
 from caltrain.errors import AccessError, IntegrityError, ProtocolError
 from caltrain.models.spec import zone_ranges
 from caltrain.models.weights import encode_state, model_digest
 from caltrain.plan import CutApproval, check_plan
+from caltrain.training.zone import of_layers
 
 
 def move_cut(run: Run, message: MoveCut) -> tuple[Done, State]:

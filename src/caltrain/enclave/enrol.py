@@ -62,7 +62,6 @@ def take_wheel(run: Run, plan: Plan) -> None:
         )
     if plan.model.wheel is not None:
         run.factory = load_wheel(run.wheel, plan.model.wheel)
-    run.door.max_rms = plan.center.max_rms
 
 
 _ATTESTS = {State.ENROLLING: "training", State.RESUMING: "resume", State.LINKED: "query"}

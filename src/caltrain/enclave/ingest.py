@@ -99,7 +99,7 @@ def start_training(run: Run, course: Course, audited: tuple[int, int]) -> None:
     """Everything that training needs beside the pools, at this place of the run."""
     plan = present(run.plan)
     torch.set_num_threads(plan.training.threads)
-    run.course = course
+    run.course, run.door.max_rms = course, plan.center.max_rms
     run.audit = Audit(plan.center.audit_rate, plan.center.audit_steps, runs=audited[0], audited=audited[1])
     make_zones(run)
 

@@ -16,12 +16,13 @@ from caltrain.boundary.messages import Done, Measured, Train
 from caltrain.boundary.tensors import Role
 from caltrain.enclave.audit import Crossing, caught, check_end, repeat
 from caltrain.enclave.checkpoint import write_checkpoint
+from caltrain.enclave.finite import check_finite
 from caltrain.enclave.ingest import unpack
 from caltrain.enclave.measure import measure, rounded
 from caltrain.enclave.pool import smallest
 from caltrain.enclave.run import Batch, Course, Run, State, present
 from caltrain.enclave.zones import center_zone, same_center, shown_center
-from caltrain.errors import CaltrainError, DataError, IntegrityError, ProtocolError
+from caltrain.errors import CaltrainError, IntegrityError, ProtocolError
 from caltrain.models.spec import cut_shapes
 from caltrain.training.batches import augment, normalise
 from caltrain.training.prefetch import Prefetch
@@ -48,9 +49,6 @@ def train(run: Run, message: Train) -> tuple[Done, State]:
         measured, state = _end_epoch(run, course)
     if audit.rate:
         run.record("audit", {"rate": audit.rate, "runs": audit.runs, "repeated": audit.audited})
-    for zone in (run.front, run.head):  # else it would replace the last good checkpoint, and could not be opened
-        if zone is not None:
-            _check_finite([value.float() for value in zone.state().values()], "the inner weights")
     write_checkpoint(run, state)
     reply = Done(loss=loss, held_out=measured, state=state, at=(course.epoch, course.step), front=course.front)
     return reply, state
@@ -151,7 +149,7 @@ def _step(run: Run, course: Course) -> Crossing:
     x, labels = next(present(run.batches))
     front, at = present(run.front), At(course.epoch, course.step, run.steps)
     ir = front.forward((x,), at=at, needs_input_grad=False)
-    _check_finite(ir, "the FrontNet's values for a batch")
+    check_finite(ir, "the FrontNet's values for a batch")
     shapes = [tuple(t.shape) for t in ir]
     if run.head is None:
         (loss,) = _exchange(run, {"ir": ir, "labels": (labels,)}, "loss", [(1,)], at)
@@ -161,22 +159,12 @@ def _step(run: Run, course: Course) -> Crossing:
         out = _exchange(run, {"ir": ir}, "center-out", _center_shapes(run, len(x)), at)
         run.head.forward(out, at=at, needs_input_grad=True)
         out_grad, value = run.head.backward_from_labels(labels, at=at)
-        _check_finite([*out_grad, torch.tensor(value)], "the HeadNet's loss or its gradient")
+        check_finite([*out_grad, torch.tensor(value)], "the HeadNet's loss or its gradient")
         grads = _exchange(run, {"center-grad": out_grad}, "ir-grad", shapes, at)
         crossing = Crossing(at, ir, grads, out, tuple(out_grad), loss=value)
     front.backward(grads, at=at)
     course.loss += crossing.loss
     return crossing
-
-
-def _check_finite(tensors: Sequence[torch.Tensor], what: str) -> None:
-    if not all(bool(torch.linalg.vector_norm(t).isfinite()) for t in tensors):
-        raise DataError(
-            "train.overflow",
-            f"{what} are not finite numbers",
-            step="train",
-            fix="Lower the learning rate; with f32 data, look for records with huge elements.",
-        )
 
 
 def _exchange(

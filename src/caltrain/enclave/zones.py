@@ -50,10 +50,10 @@ def center_zone(run: Run) -> Zone:
     return make_zone(run, zone_ranges(present(run.plan).model, run.partition)[1], run.seeds.center)
 
 
-def same_center(run: Run, *, durable: bool = False) -> None:
+def same_center(run: Run) -> None:
     """Have the host commit to its CenterNet again, where the run is now. Raises IntegrityError `center.other-state`."""
     course = present(run.course)
-    commitment = run.door.commit_center(course.epoch, course.step, durable=durable)
+    commitment = run.door.commit_center(course.epoch, course.step)
     if course.center and not same(commitment, course.center):
         raise IntegrityError(
             "center.other-state",
@@ -86,13 +86,3 @@ def _center_limit(run: Run) -> int:
         center = build(plan.model, input_shape=plan.data.shape, layers=layers, factory=run.factory)
     weights: int = sum(value.numel() * value.element_size() for value in center.state_dict().values())
     return 2 * weights + _SLACK
-
-
-def layer_of(name: str) -> int:
-    """The layer to which a name of a zone's state belongs."""
-    return int(name.removeprefix("momentum/").partition(".")[0])
-
-
-def of_layers(state: State, layers: range) -> State:
-    """The part of a state that belongs to `layers`."""
-    return {name: value for name, value in state.items() if layer_of(name) in layers}

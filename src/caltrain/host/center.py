@@ -17,7 +17,7 @@ from caltrain.models.weights import State, encode_state, model_digest, state_of
 from caltrain.models.wheel import Factory, no_wheel
 from caltrain.plan import Plan
 from caltrain.training.initial import frozen_layers, start_from
-from caltrain.training.zone import At, Zone
+from caltrain.training.zone import At, Zone, of_layers
 
 _KEPT = 2
 
@@ -123,9 +123,8 @@ class Center:
     def recut(self, front: int, entered: State) -> None:
         """Go on behind a FrontNet of so many layers; `entered` is the state of layers that came out of it."""
         zone = self._make(front)
-        layers = {str(i) for i in zone.module.part}
         state = dict(self.zone.state()) | dict(entered)
-        zone.load({n: v for n, v in state.items() if _layer(n) in layers}, step="move cut")
+        zone.load(of_layers(state, zone.module.part), step="move cut")
         self.zone = zone
         self._kept.clear()
 
@@ -140,7 +139,3 @@ class Center:
 
 def _frozen(plan: Plan) -> int:
     return frozen_layers(plan.model, plan.training)
-
-
-def _layer(name: str) -> str:
-    return name.removeprefix("momentum/").partition(".")[0]

@@ -137,3 +137,8 @@ class Zone:
                 return self.module.through(live)[0]
         finally:
             self.module.train()
+
+
+def of_layers(state: State, layers: range) -> dict[str, Tensor]:
+    """The part of a zone's state that belongs to `layers`, by its names."""
+    return {name: x for name, x in state.items() if int(name.removeprefix(MOMENTUM).partition(".")[0]) in layers}

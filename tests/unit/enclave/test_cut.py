@@ -11,9 +11,9 @@ import torch
 from caltrain.boundary import messages as m
 from caltrain.crypto.dsse import Envelope, SigningKey
 from caltrain.enclave.run import State, present
-from caltrain.enclave.zones import of_layers
 from caltrain.models.weights import decode_state, encode_state
 from caltrain.plan import CutApproval
+from caltrain.training.zone import of_layers
 from support.recovery import DEEP, ends_as_if_undisturbed, planned, recovers
 from support.tampering import commits_to, shows
 from support.world import PARTIES, World

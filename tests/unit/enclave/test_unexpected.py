@@ -94,3 +94,12 @@ def test_inner_weights_that_are_no_numbers_do_not_replace_a_good_checkpoint(zone
     assert reply.fatal
     assert {n: bytes(v) for n, v in world.host.storage.items() if n.startswith("checkpoint-")} == kept
     world.take_up()
+
+
+@pytest.mark.parametrize("resumed", [False, True], ids=["as it began", "after a restart"])
+def test_the_plans_bound_is_that_of_what_comes_in(resumed: bool) -> None:
+    narrow = CenterSpec(max_rms=1e-6)
+    world = World(change=lambda plan: msgspec.structs.replace(plan, center=narrow)).run_to(State.READY)
+    if resumed:
+        world.take_up()
+    world.refused(m.Train(0), "tensor.malformed")
