@@ -90,6 +90,20 @@ def _block(layers: list[Layer], width: int, stride: int) -> None:
     layers.append(Shortcut(source=entry + 2, activation="relu"))
 
 
+def resnet9_28(classes: int = 10, *, width: int = 64) -> ModelSpec:
+    """A small residual network for 28x28 crops that is right early in training (after David Page's CIFAR-10 network).
+
+    By default the validator of an exposure assessment (arXiv:1807.00969, IRValNet).
+    """
+    layers: list[Layer] = [Conv(filters=width, batch_norm=True)]
+    for times, residual in ((2, True), (4, False), (8, True)):
+        layers += [Conv(filters=width * times, batch_norm=True), MaxPool()]
+        if residual:
+            layers += [Conv(filters=width * times, batch_norm=True), Conv(filters=width * times, batch_norm=True)]
+            layers.append(Shortcut(source=len(layers) - 3))
+    return ModelSpec(layers=(*layers, AvgPool(), Linear(units=classes)), size=_CROP)
+
+
 def vit_small_32(classes: int = 10) -> ModelSpec:
     """A small Vision Transformer (arXiv:2010.11929) for 32x32: patches of 4, six blocks 128 wide, averaged tokens."""
     blocks = [Transformer(heads=4, p=0.1)] * 6

@@ -1,0 +1,1 @@
+"""What adversaries do with what crosses a cut. Never imported by the enclave."""
