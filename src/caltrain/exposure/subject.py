@@ -87,7 +87,7 @@ def subject_from(spec: ModelSpec, data: DataSchema, module: Network, *, digest: 
     lay_out(module, channels_last=True)
     module.eval()
     for parameter in module.parameters():
-        parameter.requires_grad_(requires_grad=False)
+        parameter.requires_grad_(False)  # noqa: FBT003
     return Subject(spec, data, module, digest)
 
 
