@@ -17,9 +17,11 @@ import msgspec
 import torch
 from torch import Tensor
 
+from caltrain.exposure.open_model import save_subject
+from caltrain.exposure.subject import subject_of
 from caltrain.models.network import Network
 from caltrain.models.spec import Partition
-from caltrain.models.weights import encode_state, state_of
+from caltrain.models.weights import state_of
 from caltrain.models.zoo import resnet9_28
 from caltrain.presets import PRESETS, STARTS, Preset
 from caltrain.records.readers.named import load
@@ -52,9 +54,9 @@ MODELS: dict[str, tuple[str, Preset]] = {
     "pneumoniamnist-validator": _validator("pneumoniamnist", width=16, epochs=6, flip=False),
     "mnist": ("mnist", PRESETS["mnist"]),
     "pneumoniamnist": ("pneumoniamnist", PRESETS["pneumoniamnist"]),
-    "cifar10-validator": _validator("cifar10", width=64, epochs=6, flip=True),
-    "cifar10-18-layer": _network("cifar10-18-layer", epochs=4, rate=0.05, augment=Augment(flip=True)),
-    "cifar10-resnet18": _network("cifar10-resnet18", epochs=3, rate=0.1, augment=Augment(flip=True, shift=4)),
+    "cifar10-validator": _validator("cifar10", width=64, epochs=3, flip=True),
+    "cifar10-18-layer": _network("cifar10-18-layer", epochs=2, rate=0.05, augment=Augment(flip=True)),
+    "cifar10-resnet18": _network("cifar10-resnet18", epochs=1, rate=0.1, augment=Augment(flip=True, shift=4)),
 }
 
 
@@ -64,14 +66,16 @@ def main() -> int:
     parser.add_argument("data", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(MODELS)}; default: all")
+    parser.add_argument("--threads", type=int, default=2)
     asked = parser.parse_args()
     for name in asked.names or MODELS:
-        _train(name, asked.data, asked.out / name)
+        _train(name, asked.data, asked.out / name, threads=asked.threads)
     return 0
 
 
-def _train(name: str, data: Path, out: Path) -> None:
+def _train(name: str, data: Path, out: Path, *, threads: int) -> None:
     source, preset = MODELS[name]
+    training = msgspec.structs.replace(preset.training, threads=threads)
     split = load(source, data / source, download=False)
     test = torch.from_numpy(split.test.images), torch.from_numpy(split.test.labels)
     began = time.monotonic()
@@ -90,16 +94,14 @@ def _train(name: str, data: Path, out: Path) -> None:
             preset.model,
             preset.partition,
             preset.data,
-            preset.training,
+            training,
             pixels=torch.from_numpy(split.train.images),
             labels=torch.from_numpy(split.train.labels),
             seeds=RunSeeds.from_run_seed(SEED),
             on_step=step,
             on_epoch=shown,
         )
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "model.json").write_bytes(msgspec.json.encode({"model": preset.model, "data": preset.data}))
-    (out / "model.safetensors").write_bytes(encode_state(state_of(model)))
+    save_subject(subject_of(preset.model, preset.data, state_of(model)), out)
 
 
 def _accuracy(model: Network, preset: Preset, pixels: Tensor, labels: Tensor) -> float:

@@ -19,12 +19,10 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from numpy.typing import NDArray
-from sklearn.cluster import KMeans
 from torch import Tensor
 
 from caltrain.demo.scenario import build_scenario
+from caltrain.exposure.attacks.labels import Groups, label_groups
 from caltrain.models.spec import zone_ranges
 from caltrain.presets import PRESETS, Preset, PresetName
 from caltrain.project import DEFAULT_PARTIES
@@ -34,8 +32,6 @@ from caltrain.training.zone import At, Zone
 
 BATCHES = 20
 LATER = 200
-DRAWS = 20
-Numbers = NDArray[np.int64]
 
 
 class Step(NamedTuple):
@@ -45,16 +41,7 @@ class Step(NamedTuple):
     labels: Tensor
 
 
-class Found(NamedTuple):
-    """What one tensor tells of the labels: shares of the records, 0 to 1."""
-
-    purity: float
-    floor: float
-    named_by_1: float
-    named_by_5: float
-
-
-Table = dict[str, Found]
+Table = dict[str, Groups]
 
 
 def crossings(preset: Preset, pixels: Tensor, labels: Tensor, *, seed: bytes) -> Iterator[Step]:
@@ -82,45 +69,21 @@ def crossings(preset: Preset, pixels: Tensor, labels: Tensor, *, seed: bytes) ->
         front.backward(center.backward(grad, at=at), at=at)
 
 
-def purity(clusters: Numbers, labels: Numbers) -> float:
-    """Share of the records that have their cluster's most frequent label."""
-    return sum(int(np.bincount(labels[clusters == c]).max()) for c in np.unique(clusters)) / len(labels)
-
-
-def named(clusters: Numbers, labels: Numbers, *, known: int, rng: np.random.Generator) -> float:
-    """Share of the other records named rightly by `known` records of each class, drawn at random."""
-    given = np.concatenate([rng.choice(np.flatnonzero(labels == c), known, replace=False) for c in np.unique(labels)])
-    names = np.full(clusters.max() + 1, -1)
-    for cluster in np.unique(clusters[given]):
-        names[cluster] = np.bincount(labels[given][clusters[given] == cluster]).argmax()
-    rest = np.setdiff1d(np.arange(len(labels)), given)
-    return float(np.mean(names[clusters[rest]] == labels[rest]))
-
-
-def look(rows: Tensor, labels: Numbers) -> Found:
-    """Cluster rows (N, ...) and compare with the labels (N,)."""
-    classes, rng = len(np.unique(labels)), np.random.default_rng(0)
-    unit = F.normalize(rows.reshape(len(rows), -1), dim=1).numpy()
-    clusters = KMeans(classes, n_init=3, random_state=0).fit_predict(unit).astype(np.int64)
-    return Found(
-        purity(clusters, labels),
-        float(np.mean([purity(rng.permutation(clusters), labels) for _ in range(DRAWS)])),
-        *(float(np.mean([named(clusters, labels, known=k, rng=rng) for _ in range(DRAWS)])) for k in (1, 5)),
-    )
-
-
 def measure(preset: Preset, pixels: Tensor, labels: Tensor, *, after: int = 0, seed: bytes = bytes(32)) -> Table:
     """By role, what the tensors of `BATCHES` batches tell, `after` so many."""
     torch.set_num_threads(preset.training.threads)
     steps = list(itertools.islice(crossings(preset, pixels, labels, seed=seed), after, after + BATCHES))
-    truth = torch.cat([step.labels for step in steps]).numpy()
-    return {role: look(torch.cat([step.tensors[role] for step in steps]), truth) for role in steps[0].tensors}
+    truth, classes = torch.cat([step.labels for step in steps]).numpy(), len(preset.data.classes)
+    rows = {role: torch.cat([step.tensors[role] for step in steps]) for role in steps[0].tensors}
+    return {role: label_groups(found, truth, classes=classes, seed=0) for role, found in rows.items()}
 
 
 def table(found: Table) -> str:
     """For people."""
     lines = [f"{'tensor':12} {'purity':>7} {'floor':>7} {'by 1':>7} {'by 5':>7}"]
-    lines += [f"{role:12} " + " ".join(f"{value:7.3f}" for value in values) for role, values in found.items()]
+    for role, groups in found.items():
+        values = groups.purity.value, groups.floor, *(named.right.value for named in groups.named)
+        lines.append(f"{role:12} " + " ".join(f"{value:7.3f}" for value in values))
     return "\n".join(lines)
 
 

@@ -17,6 +17,7 @@ from caltrain.crypto import dsse
 from caltrain.crypto.digests import Digest, canonical_json, digest
 from caltrain.crypto.hpke import HpkePublicKey
 from caltrain.errors import UNDECODABLE, AccessError, ConfigError, IntegrityError
+from caltrain.exposure.policy import Policy, check_policy
 from caltrain.models.spec import Cut, ModelSpec, Partition, check_model, inner_weights
 from caltrain.records.commitment import PartyName, ShardId
 from caltrain.records.schema import DataSchema, check_schema
@@ -72,6 +73,18 @@ class ReleaseSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     reveal_seed: bool = False
 
 
+class ExposureSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """How the cut is judged before the first epoch and every `every` epochs after it, as CALTRAIN has it (IV-B).
+
+    Bounds on measures are checked inside, on `sample` sealed records (held-out ones, if there are any); bounds on
+    attacks by each party on its own records, with a vote. The cut deepens to what all of them accept, or the run ends.
+    """
+
+    policy: Policy
+    every: Annotated[int, msgspec.Meta(ge=1, le=10_000)] = 1
+    sample: Annotated[int, msgspec.Meta(ge=8, le=4096)] = 64
+
+
 class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Everything that the parties agree on before a run."""
 
@@ -88,6 +101,7 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     resume_quorum: Annotated[int, msgspec.Meta(ge=0, le=MAX_PARTIES)] = 0
     """Parties whose word a restarted enclave needs before it goes on; 0: all."""
     trace: TraceSpec = TraceSpec()
+    exposure: ExposureSpec | None = None
     release: ReleaseSpec = ReleaseSpec()
 
     def digest(self) -> str:
@@ -219,6 +233,8 @@ def check_plan(plan: Plan) -> Plan:
         )
     check_augment(plan.training.augment, plan.data.shape, plan.model.size)
     _check_center(plan)
+    if plan.exposure is not None:
+        check_policy(plan.exposure.policy)
     people: list[Party | User] = [*plan.parties, *plan.users]
     for kind, values in (("name", [p.name for p in people]), ("public_key", [p.public_key for p in people])):
         repeated = [value for value, count in Counter(values).items() if count > 1]
@@ -230,6 +246,19 @@ def check_plan(plan: Plan) -> Plan:
                 fix="Give every party and user a name and a key of its own.",
             )
     return plan
+
+
+def possible_cuts(plan: Plan, front: int) -> tuple[int, ...]:
+    """Layers that the FrontNet may have from here on: `front`, and all deeper cuts that the plan could have, too."""
+    return tuple(cut for cut in range(front, len(plan.model.layers) - plan.partition.head) if _possible(plan, cut))
+
+
+def _possible(plan: Plan, front: int) -> bool:
+    try:
+        check_plan(msgspec.structs.replace(plan, partition=plan.partition.at(front)))
+    except ConfigError:
+        return False
+    return True
 
 
 def _check_center(plan: Plan) -> None:

@@ -38,6 +38,7 @@ from caltrain.models.network import Network
 from caltrain.models.weights import decode_state
 from caltrain.plan import Plan, Right, RunManifest, check_plan
 from caltrain.provenance.chain import Chain, Event, verify_chain
+from caltrain.provenance.statements import AssessedModel, ExposureVote
 from caltrain.records.schema import decode_record
 from caltrain.training.plain import OnStep, train_plain
 from caltrain.training.seeds import RunSeeds
@@ -46,7 +47,7 @@ from support.memory_host import MemoryHost
 from support.tiny import CLASSES, MEASUREMENT, MODEL, PARTIES, RIGHTS, SHAPE, Element, pictures, tiny_plan
 
 __all__ = ["CLASSES", "MEASUREMENT", "MODEL", "PARTIES", "SHAPE", "World", "pictures"]
-HARMLESS = {State.NEW, State.ENROLLING, State.RESUMING, State.AGREEING, State.LINKED}
+HARMLESS = {State.NEW, State.ENROLLING, State.RESUMING, State.AGREEING, State.ASSESSING, State.LINKED}
 Change = Callable[[Plan], Plan]
 
 
@@ -97,6 +98,8 @@ class World:
         self.released: dict[str, bytes] = {}
         self.statements: dict[str, Envelope] = {}
         self.suspicion: dict[str, bytes] = {}
+        self.semi_trained: dict[str, bytes] = {}
+        self.wants: dict[tuple[str, int], int] = {}
 
     def _new_run(self) -> Run:
         vault = Vault(SimulatedAttester(self.root, measurement=MEASUREMENT))
@@ -155,7 +158,13 @@ class World:
         by_value = (bool, int, str, bytes, set, dict)
         held = {n: copy.copy(value) if isinstance(value, by_value) else id(value) for n, value in fields.items()}
         words = dict(self.run.resuming.words) if self.run.resuming else {}
-        return held | {"parties": dict(self.run.vault.parties), "run": self.run.vault.run, "words": words}
+        votes = dict(self.run.assessment.votes) if self.run.assessment else {}
+        return held | {
+            "parties": dict(self.run.vault.parties),
+            "run": self.run.vault.run,
+            "words": words,
+            "votes": votes,
+        }
 
     # -- the honest run ----------------------------------------------------------------------------------------------
 
@@ -219,13 +228,37 @@ class World:
         self.host.center = Center(self.plan, seed=seed, records=self.manifest.records())
 
     def train(self) -> m.Done:
-        """On to the next checkpoint, deepening the cut where the plan says so."""
+        """On to the next checkpoint, deepening the cut where the plan says so, its policy or the parties."""
         course = self.course
         due = self.plan.partition.front_at(course.epoch)
+        if self.plan.exposure and not course.step and course.epoch % self.plan.exposure.every == 0:
+            due = max(due, self.assess().due or 0)
         if not course.step and due > course.front:
             self.done(m.MoveCut(due))
             self.host.the_center.recut(due, {})
         return self.done(m.Train(course.epoch, course.step))
+
+    def assess(self) -> m.Done:
+        """What is due before an epoch; where the parties vote, each for what `wants` gives by epoch (default: this)."""
+        done = self.done(m.Assess())
+        assert done.signed is not None
+        self.statements["assessed-model"], self.semi_trained = done.signed, done.sealed
+        for name in self.parties if self.run.state is State.ASSESSING else ():
+            done = self.done(self.vote(name))
+        return done
+
+    def vote(self, name: str, **changes: Any) -> m.Vote:
+        """A party's vote, on what the enclave signed last."""
+        signed = self.statement("assessed-model", AssessedModel)
+        wanted = {
+            "run": signed.run,
+            "epoch": signed.epoch,
+            "model": signed.model,
+            "party": name,
+            "front": self.wants.get((name, signed.epoch), signed.front),
+            "report": digest("test/v1"),
+        } | changes
+        return m.Vote(name, self.parties[name].signer.sign("exposure-vote", ExposureVote(**wanted)))
 
     @property
     def course(self) -> Course:

@@ -95,6 +95,17 @@ class Train(Message, frozen=True, tag="train"):
     step: Annotated[int, msgspec.Meta(ge=0)] = 0
 
 
+class Assess(Message, frozen=True, tag="assess"):
+    """Before an epoch: measure the model of this moment, and give it to the parties if they are to vote."""
+
+
+class Vote(Message, frozen=True, tag="vote"):
+    """A party's signed word on the cut of the coming epoch."""
+
+    party: PartyName
+    envelope: Envelope
+
+
 class MoveCut(Message, frozen=True, tag="move-cut"):
     """Between epochs: a FrontNet of so many layers. A shallower one needs every party's signed `move-cut`."""
 
@@ -151,6 +162,8 @@ Request = (
     | Countersign
     | Ingest
     | Train
+    | Assess
+    | Vote
     | MoveCut
     | Resume
     | Rejoin
@@ -184,7 +197,8 @@ class Measured(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Done(Message, frozen=True, tag="done"):
     """Success: the events that the request added, and what it answers.
 
-    `at` is where training goes on (epoch, step), `front` the layers of the FrontNet there.
+    `at` is where training goes on (epoch, step), `front` the layers of the FrontNet there; `due` those that it must
+    have there at least, by the plan's policy and the parties' votes: 0 where no cut is acceptable.
     """
 
     events: tuple[Envelope, ...] = ()
@@ -197,6 +211,7 @@ class Done(Message, frozen=True, tag="done"):
     state: str = ""
     at: tuple[int, int] | None = None
     front: int = 0
+    due: int | None = None
     center_seed: bytes = b""
 
 

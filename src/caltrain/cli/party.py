@@ -9,9 +9,12 @@ from typing import Annotated
 import typer
 
 from caltrain.cli.files import read_plan, read_policy, write_json
+from caltrain.cli.judging import BudgetName, judging
 from caltrain.cli.output import Format, FormatOption, choose, emit, say, say_simulated
 from caltrain.errors import LineageError
 from caltrain.host_client import HostClient
+from caltrain.participant.assess import Voted
+from caltrain.participant.assess import assess as assess_run
 from caltrain.participant.cut import agree_to_cut
 from caltrain.participant.disclose import disclose as disclose_record
 from caltrain.participant.disclose import note_disclosure
@@ -179,6 +182,35 @@ def rejoin(
         },
         title="Word given",
     )
+
+
+@app.command()
+def assess(
+    url: Annotated[str, typer.Argument(help="the host")],
+    home: HomeOption,
+    plan: PlanOption,
+    budget: Annotated[BudgetName, typer.Option(help="how much the attacks may compute")] = "quick",
+    front: Annotated[int, typer.Option(min=0, help="the shallowest FrontNet that this party accepts at all")] = 0,
+    once: Annotated[bool, typer.Option("--once", help="vote once, and do not wait for the next epochs")] = False,
+    timeout: Annotated[float, typer.Option(help="seconds to wait for each assessment")] = 86_400,
+    format_: FormatOption = Format.TEXT,
+) -> None:
+    """Before each epoch: attack the semi-trained model with this party's own records, and vote on the cut."""
+    choose(format_)
+    identity, agreed = load_identity(home), read_plan(plan)
+    given: list[Voted] = []
+    with HostClient(url) as host, judging(budget) as judge:
+        while not (once and given):
+            voted = assess_run(host, agreed, identity, judge=judge, least=front, seconds=timeout)
+            if voted is None:
+                break
+            if voted.statement.simulated and not given:
+                say_simulated()
+            given.append(voted)
+            say(f"{identity.name}: before epoch {voted.epoch + 1} voted for {voted.front or 'no'} layers inside")
+    votes = [{"epoch": vote.epoch, "front": vote.front, "model": vote.statement.model} for vote in given]
+    simulated = any(vote.statement.simulated for vote in given)
+    emit({"party": identity.name, "votes": votes, "simulated": simulated}, title="Votes")
 
 
 @app.command("agree-cut")

@@ -62,12 +62,12 @@ def same(a: str | bytes, b: str | bytes) -> bool:
 
 
 def canonical_json(value: object) -> bytes:
-    """RFC 8785 canonical JSON of a msgspec Struct or of builtins.
+    """RFC 8785 canonical JSON of a msgspec Struct (whose number keys become text) or of builtins.
 
     Raises ConfigError where the value has no canonical form (NaN, integers beyond 2**53, nesting without end).
     """
     try:
-        return rfc8785.dumps(msgspec.to_builtins(value))
+        return rfc8785.dumps(msgspec.to_builtins(value, str_keys=isinstance(value, msgspec.Struct)))
     except (ValueError, TypeError, RecursionError) as error:
         raise ConfigError(
             "json.not-canonical",

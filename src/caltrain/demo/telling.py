@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import io
-
 import numpy as np
-from numpy.typing import NDArray
-from PIL import Image
 
 from caltrain.demo.compare import Finished
 from caltrain.demo.disputes import Dispute
 from caltrain.demo.result import DemoResult, Party, Story, TracedInput, TracedPicture
 from caltrain.demo.scenario import Holding
 from caltrain.records.schema import decode_record
+from caltrain.reports.pictures import png
 
 
 def assemble(finished: Finished, result: DemoResult) -> Story:
@@ -66,15 +63,6 @@ def _traced(finished: Finished, dispute: Dispute, index: int) -> TracedInput:
         png=png(stamped),
         neighbours=tuple(pictures),
     )
-
-
-def png(pixels: NDArray[np.generic]) -> bytes:
-    """(C, H, W) uint8, one or three channels, as a PNG."""
-    array = np.asarray(pixels, np.uint8).transpose(1, 2, 0)
-    picture = Image.fromarray(array[..., 0] if array.shape[2] == 1 else array)
-    out = io.BytesIO()
-    picture.save(out, format="PNG")
-    return out.getvalue()
 
 
 def _brief(body: dict[str, object]) -> str:

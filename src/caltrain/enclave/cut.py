@@ -26,7 +26,8 @@ def move_cut(run: Run, message: MoveCut) -> tuple[Done, State]:
     before, after = run.partition, plan.partition.at(message.front)
     check_plan(msgspec.structs.replace(plan, partition=after))  # what leaves in the end must fit through the door, too
     least = plan.partition.front_at(course.epoch)
-    if course.step or not course.epoch or after.front == before.front or after.front < least:
+    first = not course.epoch and run.assessment is None  # the first cut is the plan's, or what was judged due
+    if course.step or first or after.front == before.front or after.front < least:
         raise ProtocolError(
             "cut.not-now",
             f"from {before.front} to {after.front} layers (at least {least}) in epoch {course.epoch}.{course.step}",

@@ -12,15 +12,13 @@ from caltrain.crypto.merkle import merkle_root
 from caltrain.enclave.ingest import lineage, unpack
 from caltrain.enclave.run import Linkage, Run, present
 from caltrain.enclave.run import State as RunState
-from caltrain.enclave.zones import same_center, shown_center
+from caltrain.enclave.zones import inner_state, joined, same_center, shown_center
 from caltrain.errors import IntegrityError
-from caltrain.models.network import Network, build, features_and_logits, lay_out, zone_of
-from caltrain.models.spec import zone_ranges
-from caltrain.models.weights import State, encode_state, load_zone, model_digest, state_of
+from caltrain.models.network import features_and_logits
+from caltrain.models.weights import encode_state, model_digest, state_of
 from caltrain.provenance.chain import EventKind
 from caltrain.provenance.statements import LinkedModel, ModelStatement
 from caltrain.training.batches import center_crop, normalise
-from caltrain.training.zone import MOMENTUM
 
 _LINK_BATCH = 256
 
@@ -31,13 +29,11 @@ def release(run: Run, _message: Release) -> tuple[Done, RunState]:
     course = present(run.course)
     same_center(run)
     center = shown_center(run, (course.epoch, course.step), course.center)
-    weights = {name: value for name, value in center.items() if not name.startswith(MOMENTUM)}
-    front, head = state_of(present(run.front).module), state_of(run.head.module) if run.head else {}
-    run.model = _join(run, (front, weights, head))
+    run.model = joined(run, center)
     run.model_digest = model_digest(plan.model, state_of(run.model))
     part = ReleasedPart(
         model=run.model_digest,
-        weights=encode_state(front | head),
+        weights=encode_state(inner_state(run)),
         run_seed=run.seed if plan.release.reveal_seed else b"",
     )
     sealed = {
@@ -67,19 +63,6 @@ def _record_once(run: Run, kind: EventKind, body: dict[str, object]) -> None:
     """A run that was taken up again after its release does not release another time."""
     if not run.chain.holds(kind, body):
         run.record(kind, body)
-
-
-def _join(run: Run, states: tuple[State, State, State]) -> Network:
-    """The whole model, for inference, from the states of FrontNet, CenterNet and HeadNet.
-
-    Each zone takes exactly the tensors that are its own: a CenterNet with more in it would replace ours.
-    """
-    plan = present(run.plan)
-    model = build(plan.model, input_shape=plan.data.shape, factory=run.factory)
-    for layers, state in zip(zone_ranges(plan.model, run.partition), states, strict=True):
-        load_zone(zone_of(model, plan.model, layers), state, step="release")
-    lay_out(model, channels_last=plan.training.channels_last)
-    return model.eval()
 
 
 def link(run: Run, _message: Link) -> tuple[Done, RunState]:

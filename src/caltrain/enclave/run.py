@@ -36,6 +36,7 @@ class State(StrEnum):
     AGREEING = "agreeing"
     AGREED = "agreed"
     READY = "ready"
+    ASSESSING = "assessing"
     TRAINED = "trained"
     RELEASED = "released"
     LINKED = "linked"
@@ -68,6 +69,26 @@ class Course:
     since: int = 0
     center: bytes = b""
     """Digest of the CenterNet's state before the next step, as far as it is committed to."""
+
+
+@dataclass
+class Assessment:
+    """The model before an epoch, by its digest; the least FrontNet that the figures allow, then that of each party.
+
+    0 is none. `cuts` are those that the model could have.
+    """
+
+    epoch: int
+    model: str
+    cuts: tuple[int, ...]
+    least: int
+    votes: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def due(self) -> int:
+        """Layers that the FrontNet must have at least; 0 where somebody accepts no cut."""
+        said = (self.least, *self.votes.values())
+        return max(said) if all(said) else 0
 
 
 @dataclass
@@ -111,6 +132,7 @@ class Run:
     head: Zone | None = None
     course: Course | None = None
     audit: Audit | None = None
+    assessment: Assessment | None = None
     batches: Iterator[Batch] | None = None
     model: Network | None = None
     model_digest: str = ""

@@ -10,15 +10,18 @@
     agreeing   Countersign         countersign        agreeing, agreed with the last signature
     agreed     Ingest              ingest             ready
     ready      Train               train              ready, trained after the last epoch
+    ready      Assess              assess             ready, assessing where the parties vote
+    assessing  Vote                vote               assessing, ready with the last vote
     ready      MoveCut             move_cut           ready
     trained    Release             release            released
     released   Link                link               linked
     linked     Attest, Query, RecordDisclosure        linked
     any        Stop                                   stopped
 
-A request that fails before the run began (up to `agreeing`) or after it ended (`linked`) changes nothing, save that
-the nonce and the budget that it used stay used; one that fails between leaves a run that cannot be trusted, so it
-stops for good, with an event that says why. A request that the table does not have is refused without either.
+A request that fails before the run began (up to `agreeing`), while votes are due, or after it ended (`linked`) changes
+nothing, save that the nonce and the budget that it used stay used; one that fails between leaves a run that cannot be
+trusted, so it stops for good, with an event that says why. A request that the table does not have is refused without
+either.
 """
 
 from __future__ import annotations
@@ -32,6 +35,7 @@ from caltrain.attestation.evidence import Attester
 from caltrain.boundary.channel import Channel
 from caltrain.boundary.messages import (
     REQUESTS,
+    Assess,
     Attest,
     Configure,
     Countersign,
@@ -51,9 +55,11 @@ from caltrain.boundary.messages import (
     Resume,
     Stop,
     Train,
+    Vote,
 )
 from caltrain.crypto.dsse import Envelope
 from caltrain.enclave.answer import query, record_disclosure
+from caltrain.enclave.assess import assess, vote
 from caltrain.enclave.cut import move_cut
 from caltrain.enclave.door import Door
 from caltrain.enclave.enrol import attest, configure, countersign, make_manifest, provision
@@ -79,6 +85,8 @@ TABLE: dict[tuple[State, type], tuple[Handler, frozenset[State]]] = {
     (State.AGREEING, Countersign): (countersign, frozenset({State.AGREEING, State.AGREED})),
     (State.AGREED, Ingest): (ingest, frozenset({State.READY})),
     (State.READY, Train): (train, frozenset({State.READY, State.TRAINED})),
+    (State.READY, Assess): (assess, frozenset({State.READY, State.ASSESSING})),
+    (State.ASSESSING, Vote): (vote, frozenset({State.ASSESSING, State.READY})),
     (State.READY, MoveCut): (move_cut, frozenset({State.READY})),
     (State.TRAINED, Release): (release, frozenset({State.RELEASED})),
     (State.RELEASED, Link): (link, frozenset({State.LINKED})),
@@ -86,7 +94,7 @@ TABLE: dict[tuple[State, type], tuple[Handler, frozenset[State]]] = {
     (State.LINKED, Query): (query, frozenset({State.LINKED})),
     (State.LINKED, RecordDisclosure): (record_disclosure, frozenset({State.LINKED})),
 }
-_HARMLESS = frozenset({State.NEW, State.ENROLLING, State.RESUMING, State.AGREEING, State.LINKED})
+_HARMLESS = frozenset({State.NEW, State.ENROLLING, State.RESUMING, State.AGREEING, State.ASSESSING, State.LINKED})
 
 
 def enclave_main(channel: Channel, attester: Attester, storage: Channel | None = None, *, wheel: bytes = b"") -> None:

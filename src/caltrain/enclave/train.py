@@ -14,6 +14,7 @@ import torch
 from caltrain.boundary.channel import Tensors
 from caltrain.boundary.messages import Done, Measured, Train
 from caltrain.boundary.tensors import Role
+from caltrain.enclave.assess import check_assessed
 from caltrain.enclave.audit import Crossing, caught, check_end, repeat
 from caltrain.enclave.checkpoint import write_checkpoint
 from caltrain.enclave.finite import check_finite
@@ -63,7 +64,8 @@ def _check_place(run: Run, course: Course, message: Train) -> None:
             step="train",
             fix="Ask for the steps in order.",
         )
-    least = max(present(run.plan).partition.front_at(course.epoch), run.chain.last("cut", "front", 0))
+    planned, moved = present(run.plan).partition.front_at(course.epoch), run.chain.last("cut", "front", 0)
+    least = max(planned, moved, check_assessed(run))
     if course.front < least:
         raise ProtocolError(
             "train.too-shallow",

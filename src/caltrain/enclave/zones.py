@@ -7,11 +7,11 @@ import torch
 from caltrain.crypto.digests import same, to_raw
 from caltrain.enclave.run import Run, present
 from caltrain.errors import IntegrityError
-from caltrain.models.network import build
+from caltrain.models.network import Network, build, lay_out, zone_of
 from caltrain.models.spec import zone_ranges
-from caltrain.models.weights import State, decode_state, model_digest
+from caltrain.models.weights import State, decode_state, load_zone, model_digest, state_of
 from caltrain.training.initial import MAX_INITIAL_BYTES, frozen_layers, load_initial, start_from
-from caltrain.training.zone import Zone
+from caltrain.training.zone import MOMENTUM, Zone, of_layers
 
 _SLACK = 1 << 20
 
@@ -76,6 +76,26 @@ def shown_center(run: Run, place: tuple[int, int], commitment: bytes) -> State:
             fix="Stop trusting this host: it exchanged the CenterNet.",
         )
     return state
+
+
+def inner_state(run: Run) -> State:
+    """Weights of FrontNet and HeadNet."""
+    return state_of(present(run.front).module, *([run.head.module] if run.head else []))
+
+
+def joined(run: Run, center: State) -> Network:
+    """The whole model of this moment, for inference, with the CenterNet's state as it was shown.
+
+    Each zone takes exactly the tensors that are its own: a CenterNet with more in it would replace ours.
+    """
+    plan = present(run.plan)
+    weights = {name: value for name, value in center.items() if not name.startswith(MOMENTUM)}
+    inner, (front, middle, head) = inner_state(run), zone_ranges(plan.model, run.partition)
+    model = build(plan.model, input_shape=plan.data.shape, factory=run.factory)
+    for layers, state in ((front, of_layers(inner, front)), (middle, weights), (head, of_layers(inner, head))):
+        load_zone(zone_of(model, plan.model, layers), state, step="join model")
+    lay_out(model, channels_last=plan.training.channels_last)
+    return model.eval()
 
 
 def _center_limit(run: Run) -> int:

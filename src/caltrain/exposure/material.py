@@ -16,13 +16,21 @@ LEAST_TARGETS = 8
 
 @dataclass(frozen=True)
 class Material:
-    """`own` (N, C, H, W) and `own_labels` (N,): the adversary's. The first of `candidates` are `targets`, in order."""
+    """`own` (N, C, H, W) and `own_labels` (N,): the adversary's. `labels` are those of `candidates`.
+
+    The first of `candidates` are `targets`, in order.
+    """
 
     own: Tensor
     own_labels: Tensor
     targets: Tensor
-    target_labels: Tensor
+    labels: Tensor
     candidates: Tensor
+
+    @property
+    def target_labels(self) -> Tensor:
+        """Of `targets`."""
+        return self.labels[: len(self.targets)]
 
 
 def gather(
@@ -57,6 +65,6 @@ def gather(
         own=subject.pictures(own[0][mine]),
         own_labels=own[1][mine],
         targets=drawn[:targets],
-        target_labels=others[1][rows[:targets]],
+        labels=others[1][rows],
         candidates=drawn,
     )

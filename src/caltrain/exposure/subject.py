@@ -143,14 +143,7 @@ class Cut:
         Raises IntegrityError `exposure.not-finite`.
         """
         live = self.defence(self._front.through((self.subject.inputs(pictures),))[0])
-        for tensor in live:
-            if not bool(torch.isfinite(tensor).all()):
-                raise IntegrityError(
-                    "exposure.not-finite",
-                    f"what crosses at cut {self.front} is not finite",
-                    step=_STEP,
-                    fix="Assess a model whose weights are of a finished training.",
-                )
+        check_finite(live, self.front)
         return live
 
     def stacked(self, pictures: Tensor) -> Tensor:
@@ -161,6 +154,17 @@ class Cut:
         """Logits (N, classes) that the rest of the model gives for an IR."""
         (logits,), _ = self._rest.through(live)
         return logits
+
+
+def check_finite(live: Live, front: int) -> None:
+    """Raise IntegrityError `exposure.not-finite` for an IR that has infinities or no numbers."""
+    if not all(bool(torch.isfinite(tensor).all()) for tensor in live):
+        raise IntegrityError(
+            "exposure.not-finite",
+            f"what crosses at cut {front} is not finite",
+            step=_STEP,
+            fix="Assess a model whose weights are of a finished training.",
+        )
 
 
 def stacked(live: Live) -> Tensor:

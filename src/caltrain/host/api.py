@@ -15,6 +15,7 @@
     POST /v1/parties/{party}/disclosure        DSSE disclosure-note
     POST /v1/parties/{party}/rejoin            DSSE rejoin: the run may be taken up
     POST /v1/parties/{party}/cut               DSSE move-cut: the FrontNet may become shallower
+    POST /v1/parties/{party}/vote              DSSE exposure-vote: the cut of the coming epoch
 
 Errors are `{"error": {family, code, what, step, fix}}`.
 """
@@ -52,7 +53,7 @@ from caltrain.models.spec import Cut
 
 MAX_NOTE = 1 << 20
 ARTIFACTS = re.compile(
-    r"center|log\.jsonl|release\.json|suspicion\.json|chain\.jsonl|(release|suspicion)/[a-z0-9-]{1,40}"
+    r"center|log\.jsonl|(release|suspicion|semi-trained)\.json|chain\.jsonl|(release|suspicion|semi-trained)/[a-z0-9-]{1,40}"
     r"|countersignatures/[a-z0-9-]{1,40}\.json"
 )
 _STATUS: dict[type[CaltrainError], int] = {
@@ -153,6 +154,7 @@ def _party_routes(app: FastAPI, conductor: Conductor) -> None:
     forward("disclosure", conductor.disclose)
     forward("rejoin", conductor.rejoin)
     forward("cut", conductor.agree_cut)
+    forward("vote", conductor.vote)
 
     @app.put("/v1/parties/{party}/shards/{shard}")
     async def put_shard(party: str, shard: str, request: Request) -> Response:

@@ -83,6 +83,8 @@ class Conductor:
         self._started, self._resume, self._device = auto_start or resume, resume, device
         self._asked = AskedCut(plan)
         self.rejoined: set[str] = set()
+        self._voted: set[str] = set()
+        self._due: int | None = None
         self._stopping = False
         self._epoch_began, self._step_began = 0.0, 0
         self._taken_up: m.Done | None = None
@@ -172,6 +174,13 @@ class Conductor:
             raise _not_yet("cut to agree to")
         head = kept_events(self.store)[-1].digest()
         self._asked.agree(party, envelope, run=self.manifest.run, head=head)
+        self.notify()
+
+    def vote(self, party: str, envelope: Envelope) -> None:
+        """A party's vote on the cut of the coming epoch."""
+        done = self._ask(m.Vote(party, envelope))
+        self._due = done.due  # known with the last vote; first, as with `rejoin`
+        self._voted.add(party)
         self.notify()
 
     def query(self, user: str, envelope: Envelope) -> bytes:
@@ -291,7 +300,7 @@ class Conductor:
         self._running().center = self.center = center
         self._phase("train")
         while done.state != "trained":
-            done = self._move_cut(done)
+            done = self._move_cut(done, least=self._assess(done))
             epoch, step = done.at or (0, 0)
             self.status.epoch, self._epoch_began, self._step_began = epoch + 1, time.monotonic(), step
             done = self._ask(m.Train(epoch, step), wait=_FOREVER)
@@ -299,18 +308,33 @@ class Conductor:
             if done.at is None or done.at[1] == 0:
                 self._log.epoch(epoch=epoch + 1, loss=done.loss, held_out=done.held_out)
 
-    def _move_cut(self, done: m.Done) -> m.Done:
-        """Move the cut between epochs: where the plan's schedule says so, or the operator."""
+    def _assess(self, done: m.Done) -> int:
+        """Where the plan has a policy for the cut: layers that the coming epoch needs in the FrontNet; else 0."""
+        (epoch, step), spec = done.at or (0, 0), self.plan.exposure
+        if spec is None or step or epoch % spec.every or self.center is None:
+            return 0
+        self.store.put("center", self.center.weights())
+        self._voted.clear()
+        judged = self._ask(m.Assess(), wait=_FOREVER)
+        self._due = judged.due
+        self._keep("semi-trained", judged)
+        names = {party.name for party in self.plan.parties}
+        self._wait("assess", lambda: set() if self._due is not None else names - self._voted)
+        self._phase("train")
+        return self._due or 0
+
+    def _move_cut(self, done: m.Done, *, least: int) -> m.Done:
+        """Move the cut between epochs: where the plan's schedule says so, its policy, or the operator."""
         epoch, step = done.at or (0, 0)
         if step or self.center is None:
             return done
         asked = self._asked.front if epoch else None
-        front = max(self.plan.partition.front_at(epoch), done.front if asked is None else asked)
+        front = max(self.plan.partition.front_at(epoch), least, done.front if asked is None else asked)
         if front < done.front:
             self._wait("cut", lambda: self._asked.missing(done.front))
             self._phase("train")
             if self._asked.front != asked:  # the operator has thought again
-                return self._move_cut(done)
+                return self._move_cut(done, least=least)
         if front != done.front:
             former, done = done.front, self._ask(m.MoveCut(front, self._asked.approvals), wait=_FOREVER)
             from caltrain.host.begin import moved_out  # noqa: PLC0415  # as in _launch

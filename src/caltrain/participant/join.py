@@ -38,7 +38,18 @@ from caltrain.participant.waiting import OnStatus, OnStep, wait_through
 from caltrain.plan import ManifestApproval, ManifestShard, Plan, PlanApproval, RunManifest
 from caltrain.provenance.chain import empty_head
 
-_AFTER_PROVISIONING = {"countersignatures", "shards", "start", "ingest", "train", "cut", "release", "link", "linked"}
+_AFTER_PROVISIONING = {
+    "countersignatures",
+    "shards",
+    "start",
+    "ingest",
+    "assess",
+    "train",
+    "cut",
+    "release",
+    "link",
+    "linked",
+}
 _T = TypeVar("_T")
 
 

@@ -17,7 +17,7 @@ from caltrain.plan import MAX_SHARDS, ManifestShard
 from caltrain.records import shard as shards
 from caltrain.records.commitment import SALT_BYTES
 from caltrain.records.readers import Dataset
-from caltrain.records.schema import DataSchema, encode_record
+from caltrain.records.schema import DataSchema, decode_record, encode_record
 
 DEFAULT_SHARD_RECORDS = 8192
 
@@ -176,6 +176,21 @@ def own_shards(identity: Identity) -> tuple[ManifestShard, ...]:
             fix="Run `caltrain party seal`.",
         )
     return tuple(found)
+
+
+def own_records(identity: Identity, schema: DataSchema) -> tuple[NDArray[np.generic], NDArray[np.int64]]:
+    """Elements (N, C, H, W) and labels (N,) of all that the party has sealed to train on. Raises IntegrityError."""
+    elements, labels = [], []
+    for path in (path for path, held_out in _shard_files(identity) if not held_out):
+        header, step = read_own_header(identity, path), f"read {path.name}"
+        with path.open("rb") as file:
+            shards.read_header(file, step=step)
+            frames = shards.open_frames(header, identity.data_key, shards.read_chunks(file), schema=schema, step=step)
+            for _, _, record in frames:
+                pixels, label = decode_record(schema, record)
+                elements.append(pixels)
+                labels.append(label)
+    return np.stack(elements), np.array(labels, np.int64)
 
 
 def read_own_header(identity: Identity, path: Path) -> shards.ShardHeader:

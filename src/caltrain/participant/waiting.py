@@ -78,6 +78,6 @@ def _wanted(status: RunStatus | None, party: str) -> str:
     """What the party is told while it is waited for itself."""
     if status is None or party not in status.waiting_for:
         return ""
-    commands = {"resume": "party rejoin", "cut": "party agree-cut"}
+    commands = {"resume": "party rejoin", "cut": "party agree-cut", "assess": "party assess"}
     command = commands.get(status.phase)
     return f"the run waits for your word: caltrain {command}" if command else ""

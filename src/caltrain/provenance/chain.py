@@ -26,6 +26,8 @@ EventKind = Literal[
     "countersignature",
     "ingest",
     "epoch",
+    "assess",
+    "vote",
     "cut",
     "audit",
     "checkpoint",

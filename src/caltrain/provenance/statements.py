@@ -7,12 +7,14 @@ have been repeated.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
 
 from caltrain.crypto.digests import Digest
-from caltrain.records.commitment import ShardId
+from caltrain.exposure.figures import Estimate
+from caltrain.models.spec import Cut
+from caltrain.records.commitment import PartyName, ShardId
 
 
 class ModelStatement(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -47,3 +49,39 @@ class LinkedModel(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     audit_rate: float
     resumes: int
     simulated: bool
+
+
+Figures = Annotated[dict[str, Estimate], msgspec.Meta(max_length=64)]
+
+
+class AssessedModel(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Before an epoch: what the enclave measured on `sample` sealed records of the model of this moment.
+
+    `front` is the present cut, `figures` hold each measure of the plan's policy that needs no attack, by possible cut.
+    What is behind the cut is as the host committed to it (DSSE kind `assessed-model`; arXiv:1812.03230, IV-B).
+    """
+
+    version: Literal[1] = 1
+    run: ShardId
+    plan: Digest
+    epoch: int
+    front: Cut
+    model: Digest
+    sample: int
+    figures: Annotated[dict[Cut, Figures], msgspec.Meta(max_length=512)]
+    simulated: bool
+
+
+class ExposureVote(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A party's word after its own assessment: the least FrontNet that it accepts, 0 for none (DSSE `exposure-vote`).
+
+    `report` names the signed report that the party keeps.
+    """
+
+    version: Literal[1] = 1
+    run: ShardId
+    epoch: int
+    model: Digest
+    party: PartyName
+    front: Cut
+    report: Digest

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import base64
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 
 from caltrain.demo.result import Story
 from caltrain.files import write_whole
+from caltrain.reports.pictures import data_uri
 from caltrain.reports.terminal import center_note
 
 _WIDTH, _HEIGHT = 520, 120
@@ -19,7 +19,7 @@ def write_report(path: Path, story: Story) -> None:
     environment = Environment(
         loader=PackageLoader("caltrain.reports"), autoescape=select_autoescape(), undefined=StrictUndefined
     )
-    environment.filters["data_uri"] = lambda png: "data:image/png;base64," + base64.b64encode(png).decode()
+    environment.filters["data_uri"] = data_uri
     environment.filters["percent"] = lambda share: f"{share:.1%}"
     template = environment.get_template("demo.html")
     page = template.render(

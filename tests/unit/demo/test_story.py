@@ -12,9 +12,9 @@ from rich.console import Console
 
 from caltrain.demo import story
 from caltrain.demo.scenario import TRIALS, Scenario
-from caltrain.demo.telling import png
 from caltrain.errors import DataError
 from caltrain.records.readers import Dataset
+from caltrain.reports.pictures import png
 
 
 def scene(labels: list[int]) -> Scenario:

@@ -13,10 +13,12 @@ import pytest
 import torch
 
 from caltrain.demo.scenario import build_scenario
+from caltrain.exposure.attacks.labels import Groups
 from caltrain.presets import PRESETS
 from caltrain.project import DEFAULT_PARTIES
 
 ROOT = Path(__file__).parents[3]
+Found = dict[int, dict[str, tuple[float, ...]]]
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +34,7 @@ def script() -> ModuleType:
 
 
 @pytest.fixture(scope="module")
-def found(script: ModuleType) -> dict[int, dict[str, tuple[float, ...]]]:
+def found(script: ModuleType) -> Found:
     """For digits, by batches before: role to purity, floor, named by 1, by 5."""
     scenario = build_scenario("digits", parties=DEFAULT_PARTIES, data_dir=None, download=False, seed=0)
     pixels = torch.from_numpy(np.concatenate([h.images for h in scenario.holdings]))
@@ -43,11 +45,16 @@ def found(script: ModuleType) -> dict[int, dict[str, tuple[float, ...]]]:
     for after, table in measured.items():
         print(f"\ndigits, {script.BATCHES} batches after {after}")  # noqa: T201  # to be read with pytest -s
         print(script.table(table))  # noqa: T201
-    return measured
+    return {after: {role: _figures(groups) for role, groups in table.items()} for after, table in measured.items()}
+
+
+def _figures(groups: Groups) -> tuple[float, ...]:
+    assert [named.known for named in groups.named] == [1, 5]
+    return groups.purity.value, groups.floor, *(named.right.value for named in groups.named)
 
 
 def test_outgoing_gradients_of_ternary_training_give_the_label_groups_away(
-    found: dict[int, dict[str, tuple[float, ...]]],
+    found: Found,
 ) -> None:
     for table in found.values():
         purity, floor, by_1, by_5 = table["center-grad"]
@@ -58,7 +65,7 @@ def test_outgoing_gradients_of_ternary_training_give_the_label_groups_away(
 
 
 def test_the_first_values_that_cross_tell_k_means_little_more_than_the_floor(
-    found: dict[int, dict[str, tuple[float, ...]]],
+    found: Found,
 ) -> None:
     for role in ("ir", "center-out"):
         purity, floor, by_1, _ = found[0][role]
@@ -66,20 +73,10 @@ def test_the_first_values_that_cross_tell_k_means_little_more_than_the_floor(
         assert by_1 < 0.25
 
 
-def test_the_document_says_what_was_measured(found: dict[int, dict[str, tuple[float, ...]]]) -> None:
+def test_the_document_says_what_was_measured(found: Found) -> None:
     document = (ROOT / "docs" / "crossing.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| digits \| (\d+) \| `([\w-]+)` \| ([\d. |]+) \|$", document, re.MULTILINE)
     written = {(int(after), role): [float(x) for x in numbers.split(" | ")] for after, role, numbers in rows}
     assert written.keys() == {(after, role) for after, table in found.items() for role in table}
     for (after, role), numbers in written.items():
         assert numbers == pytest.approx(found[after][role], abs=0.05), "run the command in the document"
-
-
-def test_purity_and_names_are_counted_rightly(script: ModuleType) -> None:
-    labels = np.array([0, 0, 0, 1, 1, 1])
-    rng = np.random.default_rng(0)
-    assert script.purity(labels, labels) == 1
-    assert script.purity(np.zeros(6, np.int64), labels) == 0.5
-    assert script.purity(np.array([0, 0, 1, 1, 1, 1]), labels) == 5 / 6
-    assert script.named(1 - labels, labels, known=1, rng=rng) == 1
-    assert script.named(np.arange(6), labels, known=1, rng=rng) == 0, "what nobody names is not named rightly"

@@ -1,0 +1,199 @@
+"""The white-box attack: who has the FrontNet looks for the picture whose intermediate representation (IR) was seen.
+
+As arXiv:1412.0035 and He et al. (ACSAC 2019, doi:10.1145/3359789.3359824): gradient descent on the distance of the two
+IRs plus priors. Different here: it descends in coordinates in which the adversary's own pictures vary alike, so that it
+goes first where pictures differ most; channels count by how well they are predicted; the weights of the priors are found
+for every cut on own pictures; and an inverter's answer may be what is started from.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from caltrain.errors import DataError
+from caltrain.exposure.attacks.inverter import fast
+from caltrain.exposure.attacks.priors import Basis, basis_of, roughness
+from caltrain.exposure.correlation import check_ir
+from caltrain.exposure.measures import ssim
+from caltrain.exposure.subject import Cut, Live
+
+OnStep = Callable[[int, int], None]
+Start = Callable[[Live], Tensor]
+PRACTICE = 8
+_CALIBRATION = 128
+_AT_ONCE = 64
+_RATE = 0.1
+_JITTER = 0.01
+_LEAST_NOISE = 0.01
+_OUTSIDE = 1000.0
+_STEP = "reconstruct white-box"
+
+
+@dataclass(frozen=True)
+class Prior:
+    """Weights of the mean square distance from the centre, in standard deviations, and of the total variation."""
+
+    distance: float
+    variation: float
+
+
+PRIORS = tuple(Prior(distance, variation) for distance in (0.0, 0.01, 0.1, 1.0) for variation in (0.0, 0.05))
+
+
+@dataclass(frozen=True)
+class WhiteboxBudget:
+    """Steps of descent, in the search for the best of `priors` and again in the attack."""
+
+    steps: int
+    priors: tuple[Prior, ...] = PRIORS
+
+
+BUDGETS = {"quick": WhiteboxBudget(60), "standard": WhiteboxBudget(200), "thorough": WhiteboxBudget(600)}
+
+
+def whitebox(
+    cut: Cut,
+    observed: Live,
+    own: Tensor,
+    *,
+    budget: WhiteboxBudget,
+    seed: int,
+    start: Start | None = None,
+    on_step: OnStep = lambda _done, _total: None,
+) -> Tensor:
+    """Pictures (N, C, H, W) in 0..1 whose IR at `cut` is like `observed`, the tensors (N, ...) that crossed there.
+
+    `own` pictures are the adversary's; it practises on the last 8. `start` makes pictures of such tensors, and should
+    not have learned from those 8; without it, the descent starts from the mean picture. No record's result depends on
+    another's. Raises DataError `exposure.other-ir`, `exposure.too-few`, IntegrityError `exposure.not-finite`,
+    `exposure.constant-ir`.
+    """
+    _check(cut, observed, own)
+    attack = Attack.of(cut, own[:-PRACTICE], start=start, seed=seed)
+    done, parts = 0, [len(part) for part in observed[0].split(_AT_ONCE)]
+    total = budget.steps * (len(parts) + (len(budget.priors) > 1))
+
+    def stepped() -> None:
+        nonlocal done
+        done += 1
+        on_step(done, total)
+
+    prior = best_prior(attack, cut, own[-PRACTICE:], budget, stepped)
+    found = []
+    for live in zip(*(tensor.split(_AT_ONCE) for tensor in observed), strict=True):
+        found.append(attack.run(live, [prior] * len(live[0]), budget.steps, stepped))
+    return torch.cat(found)
+
+
+def best_prior(
+    attack: Attack, cut: Cut, practice: Tensor, budget: WhiteboxBudget, stepped: Callable[[], None] = lambda: None
+) -> Prior:
+    """The prior of `budget` with which pictures (8, C, H, W) of one's own come back best, by SSIM: all in one batch."""
+    if len(budget.priors) == 1:
+        return budget.priors[0]
+    with torch.no_grad():
+        live = cut.ir(practice)
+    count, each = len(budget.priors), len(practice)
+    repeated = tuple(tensor.repeat(count, *[1] * (tensor.dim() - 1)) for tensor in live)
+    priors = [prior for prior in budget.priors for _ in range(each)]
+    found = attack.run(repeated, priors, budget.steps, stepped)
+    closeness = ssim(found, practice.repeat(count, 1, 1, 1)).view(count, each).mean(1)
+    return budget.priors[int(closeness.argmax())]
+
+
+@dataclass(frozen=True)
+class Channels:
+    """Of one tensor: what crosses is taken to be `gain` * clean + `offset` + noise, channel by channel."""
+
+    gain: Tensor
+    offset: Tensor
+    weight: Tensor
+
+    @classmethod
+    def of(cls, clean: Tensor, crossed: Tensor) -> Channels:
+        """Fitted on tensors (N, ...) of the same records. A channel weighs what its noise lets it say, about."""
+        others = [d for d in range(clean.dim()) if d != (2 if clean.dim() == 3 else 1)]
+        (spread, middle), (crossing, level) = (torch.var_mean(t, others, keepdim=True) for t in (clean, crossed))
+        shared = ((clean - middle) * (crossed - level)).mean(others, keepdim=True)
+        gain = shared / spread.clamp_min(1e-12)
+        noise = (crossing - gain * shared).clamp_min(0)
+        weight = 1 / (noise + _LEAST_NOISE * (crossing + crossing.mean())).clamp_min(1e-12)
+        return cls(gain, level - gain * middle, weight / (weight * crossing).mean())
+
+    def residual(self, clean: Tensor, observed: Tensor) -> Tensor:
+        """(N,): weighted mean square of what is left unexplained; about 1 for a guess that knows nothing."""
+        return (self.weight * (self.gain * clean.float() + self.offset - observed).square()).flatten(1).mean(1)
+
+
+@dataclass(frozen=True)
+class Attack:
+    """An attack on one cut, ready to be run on any records."""
+
+    clean: Cut
+    channels: tuple[Channels, ...]
+    basis: Basis
+    jitter: Tensor
+    start: Start | None
+
+    @classmethod
+    def of(cls, cut: Cut, own: Tensor, *, start: Start | None, seed: int) -> Attack:
+        """Learn from `own` pictures what pictures are like, and what the cut's defence does to what crosses."""
+        clean = Cut(cut.subject, cut.front)
+        with torch.no_grad():
+            pairs = zip(clean.ir(own[:_CALIBRATION]), cut.ir(own[:_CALIBRATION]), strict=True)
+        channels = tuple(Channels.of(before, after) for before, after in pairs)
+        jitter = _JITTER * torch.randn((1, *cut.subject.shape), generator=torch.Generator().manual_seed(seed))
+        return cls(clean, channels, basis_of(own), jitter, start)
+
+    def run(self, live: Live, priors: list[Prior], steps: int, stepped: Callable[[], None]) -> Tensor:
+        """Pictures (N, C, H, W) of `live`, each under its own prior. The rate falls as a cosine from 0.1."""
+        live = tuple(tensor.clone() for tensor in live)  # of inference mode, too: clones may take part in autograd
+        centre = self.basis.mean if self.start is None else self.start(live).clone()
+        distance, variation = (torch.tensor([getattr(p, name) for p in priors]) for name in ("distance", "variation"))
+        z = self.jitter.repeat(len(priors), 1, 1, 1).requires_grad_()
+        optimiser = torch.optim.Adam([z], lr=_RATE)
+        for step in range(steps):
+            optimiser.param_groups[0]["lr"] = _RATE * (1 + math.cos(math.pi * step / steps)) / 2
+            pictures = centre + self.basis.offset(z)
+            outside = (pictures - pictures.clamp(0, 1)).square().flatten(1).mean(1)
+            kept = distance * z.square().flatten(1).mean(1) + variation * roughness(pictures)
+            loss = self.residual(pictures, live) + kept + _OUTSIDE * outside
+            (z.grad,) = torch.autograd.grad(loss.sum(), z)  # Adam is by element: no record's step depends on another's
+            optimiser.step()
+            stepped()
+        return (centre + self.basis.offset(z)).detach().clamp(0, 1)
+
+    def residual(self, pictures: Tensor, live: Live) -> Tensor:
+        """How far the IR of `pictures` is from `live`: (N,)."""
+        with fast():
+            guess = self.clean.ir(pictures)
+        parts = zip(self.channels, guess, live, strict=True)
+        return torch.stack([channels.residual(found, true) for channels, found, true in parts]).mean(0)
+
+
+def _check(cut: Cut, observed: Live, own: Tensor) -> None:
+    """Refuse what `whitebox` says that it refuses."""
+    if len(own) < 2 * PRACTICE:
+        raise DataError(
+            "exposure.too-few",
+            f"{len(own)} pictures of the adversary's own are too few",
+            step=_STEP,
+            fix=f"Give at least {2 * PRACTICE}; some thousand make a strong attack.",
+        )
+    with torch.no_grad():
+        expected = [tuple(tensor.shape[1:]) for tensor in cut.ir(own[:1])]
+    given = [tuple(tensor.shape[1:]) for tensor in observed]
+    if given != expected or len({len(tensor) for tensor in observed}) != 1 or not len(observed[0]):
+        raise DataError(
+            "exposure.other-ir",
+            f"what was observed has shapes {[tuple(tensor.shape) for tensor in observed]}, "
+            f"cut {cut.front} gives {expected} for one record",
+            step=_STEP,
+            fix="Give what crossed at this cut of this model, one tensor for each, all of the same records.",
+        )
+    check_ir(observed)

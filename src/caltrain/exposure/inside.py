@@ -1,0 +1,48 @@
+"""What an enclave measures of itself: no attack, no validator from outside."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Sequence
+
+import torch
+from torch import Tensor
+
+from caltrain.exposure.correlation import channel_correlation, distance_correlation
+from caltrain.exposure.figures import Estimate
+from caltrain.exposure.kl import assess_kl
+from caltrain.exposure.statistics import mean_estimate
+from caltrain.exposure.subject import Cut, Subject
+from caltrain.exposure.validator import generator_as_validator
+
+_MAPS = 32
+Figures = dict[str, Estimate]
+
+
+def measure_inside(
+    subject: Subject, cuts: Sequence[int], pictures: Tensor, *, measures: Collection[str]
+) -> dict[int, Figures]:
+    """Those of `measures` that need no attack, at each cut, over `pictures` (N, C, H, W).
+
+    KL as the patents have it: the model itself judges its maps (US 11,886,989, claim 1), so it is only as honest as
+    the part of the model that is computed outside. Raises IntegrityError where what would cross is not finite.
+    """
+    found: dict[int, Figures] = {cut: {} for cut in cuts}
+    with torch.inference_mode():
+        for front in cuts:
+            cut = Cut(subject, front)
+            if "channel_correlation" in measures:
+                found[front]["channel_correlation"] = _estimate(channel_correlation(cut.ir(pictures), pictures))
+            if "distance_correlation" in measures:
+                value = distance_correlation(cut.stacked(pictures), pictures)
+                found[front]["distance_correlation"] = Estimate(value, value, value, len(pictures))
+    if {"kl", "kl_ratio"} & set(measures):
+        seed = int.from_bytes(os.urandom(4))
+        judged = assess_kl(subject, cuts, generator_as_validator(subject), pictures, maps=_MAPS, seed=seed)
+        for front, figures in judged.items():
+            found[front] |= {"kl": figures.kl, "kl_ratio": figures.ratio}
+    return {front: {k: v for k, v in own.items() if k in measures} for front, own in found.items()}
+
+
+def _estimate(values: Tensor) -> Estimate:
+    return mean_estimate(values.double().numpy())

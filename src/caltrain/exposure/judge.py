@@ -1,0 +1,97 @@
+"""A party's own assessment of a semi-trained model: attacks on its own records (arXiv:1812.03230, IV-B)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import msgspec
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from caltrain.exposure.attacks.labels import assess_labels
+from caltrain.exposure.choice import Choice, choose
+from caltrain.exposure.figures import Estimate
+from caltrain.exposure.lineup import BudgetName, Lineup
+from caltrain.exposure.material import Material, gather
+from caltrain.exposure.measures import score
+from caltrain.exposure.party_report import PartyReport
+from caltrain.exposure.perceptual import edge_distance
+from caltrain.exposure.policy import MEASURES, Adversary, Policy, attack_bounds
+from caltrain.exposure.report import of_scores
+from caltrain.exposure.statistics import records_to_show
+from caltrain.exposure.subject import Cut, Subject
+
+_TARGETS = 32
+_CANDIDATES = 1000
+OnStep = Callable[[str, int, int], None]
+
+
+def judge(
+    subject: Subject,
+    cuts: Sequence[int],
+    records: tuple[NDArray[np.generic], NDArray[np.int64]],
+    policy: Policy,
+    *,
+    budget: BudgetName,
+    seed: int,
+    on_step: OnStep = lambda _what, _done, _of: None,
+) -> PartyReport:
+    """Attack the policy's bounds with elements (N, C, H, W) and labels (N,) of one party.
+
+    One half of the records plays the adversary's, the other those that it wants. Of the cuts, from the shallowest on,
+    only as many are attacked as it takes, unless the policy asks for `all_deeper`. Raises DataError
+    `exposure.too-few`, `exposure.too-few-for-policy` where the records are too few for the policy.
+    """
+    bounds = attack_bounds(policy)
+    policy = msgspec.structs.replace(policy, bounds=bounds)
+    names = sorted({bound.adversary for bound in bounds if MEASURES[bound.measure].run == "attack"})
+    material = _halves(subject, records, policy, seed=seed)
+    found: dict[int, dict[str, Estimate]] = {}
+    choice: Choice | None = None
+    for number, front in enumerate(sorted(cuts)):
+        found[front] = _figures(Cut(subject, front), material, names, policy, budget=budget, seed=seed)
+        on_step(f"cut {front}", number + 1, len(cuts))
+        choice = choose(policy, found, costs={cut: float(cut) for cut in found})
+        if choice.front is not None and not policy.all_deeper:
+            break
+    return PartyReport(
+        model=subject.digest,
+        budget=budget,
+        adversary_records=len(material.own),
+        figures=found,
+        misses=choice.misses if choice else {},
+        front=(choice.front if choice else None) or 0,
+    )
+
+
+def _halves(
+    subject: Subject, records: tuple[NDArray[np.generic], NDArray[np.int64]], policy: Policy, *, seed: int
+) -> Material:
+    elements, labels = torch.from_numpy(records[0].copy()), torch.from_numpy(records[1])
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    own, others = order[: len(order) // 2], order[len(order) // 2 :]
+    needed = [records_to_show(b.limit) for b in policy.bounds if b.measure == "reidentification"]
+    targets = max([_TARGETS, *needed] if policy.use == "bound" else [_TARGETS])
+    return gather(
+        subject,
+        (elements[own], labels[own]),
+        (elements[others], labels[others]),
+        targets=targets,
+        candidates=max(targets, min(_CANDIDATES, len(others))),
+        seed=seed,
+    )
+
+
+def _figures(
+    cut: Cut, material: Material, names: Sequence[Adversary], policy: Policy, *, budget: BudgetName, seed: int
+) -> dict[str, Estimate]:
+    lineup, found = Lineup(material, budget, seed), dict[str, Estimate]()
+    for name in names:
+        pictures: Tensor = lineup.reconstruct(name, cut)
+        scores = of_scores(score(pictures, material, edge_distance, seed=seed))
+        found |= {f"{name}.{measure}": value for measure, value in scores.items()}
+    if any(bound.measure == "label_purity" for bound in policy.bounds):
+        found["label_purity"] = assess_labels(cut, material, seed=seed).purity
+    return found

@@ -1,0 +1,133 @@
+"""Before an epoch: attack the semi-trained model with one's own records, and vote on the cut.
+
+(1) the run waits for this party's vote, and is the one that this party countersigned
+(2) the chain verifies through the newest head that this party has kept; its last `assess` event names a model
+(3) the enclave's signed figures, this party's sealed part and the host's CenterNet are of that very model
+(4) the attacks that the plan's policy names run on this party's own records (arXiv:1812.03230, IV-B)
+(5) only then: the report is signed and kept in the party's folder, and the vote leaves
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from caltrain.boundary.sealed import ReleasedPart, open_for
+from caltrain.crypto.digests import canonical_json, digest
+from caltrain.crypto.dsse import MAX_ENVELOPE_BYTES, envelope_from_json, open_envelope
+from caltrain.errors import ConfigError, EnvironmentFault, IntegrityError, from_wire
+from caltrain.exposure.party_report import PartyReport
+from caltrain.host_client import HostClient
+from caltrain.participant.files import write_whole
+from caltrain.participant.heads import known_run, look
+from caltrain.participant.identity import Identity
+from caltrain.participant.join import check_named
+from caltrain.participant.receive import join_weights, run_folder
+from caltrain.participant.rejoin import same_run
+from caltrain.participant.seal import own_records
+from caltrain.plan import ExposureSpec, Plan, possible_cuts
+from caltrain.provenance.chain import Event
+from caltrain.provenance.statements import AssessedModel, ExposureVote
+
+_STEP = "assess"
+_POLL = 0.25
+_OVER = {"release", "link", "linked"}
+Records = tuple[NDArray[np.generic], NDArray[np.int64]]
+Judge = Callable[[Plan, ExposureSpec, bytes, tuple[int, ...], Records], PartyReport]
+
+
+@dataclass(frozen=True)
+class Voted:
+    """A vote that was given: on which model, for which cut (0: none), and what the party measured."""
+
+    run: str
+    epoch: int
+    statement: AssessedModel
+    report: PartyReport
+    front: int
+
+
+def assess(
+    host: HostClient, plan: Plan, identity: Identity, *, judge: Judge, least: int = 0, seconds: float = 86_400
+) -> Voted | None:
+    """All five steps; None where training is over. `least` is the shallowest cut that this party accepts at all.
+
+    Raises before anything is sent: ConfigError `assess.no-policy`, IntegrityError `assess.other-model`, and as
+    `rejoin` does for another run or chain.
+    """
+    check_named(plan, identity)
+    if plan.exposure is None:
+        raise ConfigError(
+            "assess.no-policy", "the plan has no policy for the cut", step=_STEP, fix="Nothing is to be assessed."
+        )
+    if not _called(host, identity.name, seconds=seconds):
+        return None
+    run = same_run(host, plan, identity)
+    statement = _statement(host, identity, run, look(host, identity, run))
+    sealed = host.artifact(f"semi-trained/{identity.name}")
+    part = open_for(identity.data_key, "semi-trained/v1", sealed, ReleasedPart, context=run, step=_STEP)
+    if part.model != statement.model or statement.plan != plan.digest():
+        raise _other("the part that was sealed to us is of another model or plan")
+    weights = join_weights(plan, part.weights, host.artifact("center"), digest=statement.model)
+    report = judge(plan, plan.exposure, weights, possible_cuts(plan, statement.front), own_records(identity, plan.data))
+    front = max(report.front, least) if report.front else 0
+    signed = identity.signer.sign("party-report", report)
+    write_whole(run_folder(identity, run) / f"exposure-{statement.epoch}.json", msgspec.json.encode(signed))
+    vote = ExposureVote(
+        run=run,
+        epoch=statement.epoch,
+        model=statement.model,
+        party=identity.name,
+        front=front,
+        report=digest("party-report/v1", canonical_json(report)),
+    )
+    host.post(f"/v1/parties/{identity.name}/vote", identity.signer.sign("exposure-vote", vote), dict[str, Any])
+    return Voted(run, statement.epoch, statement, report, front)
+
+
+def _called(host: HostClient, party: str, *, seconds: float) -> bool:
+    """Wait until the run waits for this party's vote; False once training is over. Raises the run's own error."""
+    deadline = time.monotonic() + seconds
+    while True:
+        status = host.status()
+        if status.error is not None:
+            raise from_wire(status.error)
+        if status.phase in _OVER:
+            return False
+        if status.phase == "assess" and party in status.waiting_for:
+            return True
+        if time.monotonic() > deadline:
+            raise EnvironmentFault(
+                "host.too-slow",
+                f"the run is still in phase {status.phase!r:.60}",
+                step="wait for an assessment",
+                fix="Ask those who are waited for, or wait longer with --timeout.",
+            )
+        time.sleep(_POLL)
+
+
+def _statement(host: HostClient, identity: Identity, run: str, events: tuple[Event, ...]) -> AssessedModel:
+    """The enclave's figures that the chain's last `assess` event names."""
+    raw = host.artifact("semi-trained.json", limit=MAX_ENVELOPE_BYTES)
+    key = known_run(identity, run).signing_key
+    statement = open_envelope(envelope_from_json(raw, step=_STEP), "assessed-model", key, AssessedModel, step=_STEP)
+    named = [event.body.get("statement") for event in events if event.kind == "assess"]
+    own = digest("assessed-model/v1", canonical_json(statement))
+    if not named or named[-1] != own or statement.run != run:
+        raise _other("the enclave's figures are not those that the chain names last")
+    return statement
+
+
+def _other(what: str) -> IntegrityError:
+    return IntegrityError(
+        "assess.other-model",
+        f"the semi-trained model was refused: {what}",
+        step=_STEP,
+        fix="Do not vote. Ask the host again; if it stays so, the host mixes up runs or epochs.",
+    )

@@ -1,0 +1,183 @@
+"""A host that steers: what it knows, how loud it is, what it gains, and that the audit catches it."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+import torch
+from torch import Tensor
+
+from caltrain.boundary import messages as m
+from caltrain.boundary.channel import Channel, Tensors
+from caltrain.boundary.tensors import TensorHead
+from caltrain.enclave.run import State
+from caltrain.exposure.attacks.steering import HijackBudget, Hijacker
+from caltrain.exposure.subject import Live
+from caltrain.models.layers import Conv, Flatten, Linear, Shortcut
+from caltrain.models.spec import ModelSpec
+from caltrain.records.schema import DataSchema
+from caltrain.training.spec import TrainingSpec
+from caltrain.training.zone import At, Zone
+from support.recovery import planned
+from support.tampering import Tampering
+from support.world import World
+
+DATA = DataSchema(shape=(1, 4, 4), classes=("cat", "dog"), mean=(0.5,), std=(0.25,))
+MODEL = ModelSpec(layers=(Conv(filters=16, activation="none"), Flatten(), Linear(units=2)))
+TRAINING = TrainingSpec(epochs=1, batch=32, learning_rate=0.05, schedule="constant", threads=1)
+SHORT = HijackBudget(rehearsal=2, width=4, batch=4)
+
+
+def pictures(count: int, *, seed: int) -> Tensor:
+    """Three numbers say all of one: brightness, and a slope down and across."""
+    light, down, across = torch.rand((3, count, 1, 1, 1), generator=torch.Generator().manual_seed(seed)) - 0.5
+    ramp = torch.linspace(-0.5, 0.5, 4)
+    return (0.5 + light + down * ramp[:, None] + across * ramp).clamp(0, 1)
+
+
+def hijacker(*, spec: ModelSpec = MODEL, budget: HijackBudget = SHORT, max_rms: float = 1e4, seed: int = 3) -> Hijacker:
+    public = pictures(200, seed=7)
+    return Hijacker(spec, DATA, spec.layers.index(Flatten()), public, budget=budget, max_rms=max_rms, seed=seed)
+
+
+def crossed(count: int = 4, *, seed: int = 0) -> Live:
+    return (torch.randn((count, 16, 4, 4), generator=torch.Generator().manual_seed(seed)),)
+
+
+def rms(x: Tensor) -> float:
+    return float(x.square().mean().sqrt())
+
+
+# --- what it sends --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("asked", "bound", "sent"), [(1e-3, 1e4, 1e-3), (50.0, 2.0, 2.0)])
+def test_a_gradient_has_the_size_asked_for_and_never_more_than_the_plan_bears(
+    asked: float, bound: float, sent: float
+) -> None:
+    budget = HijackBudget(rms=asked, rehearsal=1, width=4, batch=4)
+    host, live = hijacker(budget=budget, max_rms=bound), crossed()
+    for _ in range(3):
+        (grad,) = host.gradients(live)
+        assert grad.shape == live[0].shape
+        assert grad.dtype == torch.float32
+        assert not grad.requires_grad
+        assert rms(grad) == pytest.approx(sent, rel=1e-3)
+
+
+def test_several_tensors_that_cross_together_each_get_theirs() -> None:
+    layers = (
+        Conv(filters=4),
+        Conv(filters=4, stride=2),
+        Conv(filters=4),
+        Shortcut(source=1),
+        Flatten(),
+        Linear(units=2),
+    )
+    host = Hijacker(ModelSpec(layers=layers), DATA, 3, pictures(50, seed=1), budget=SHORT, max_rms=1e4, seed=0)
+    live = torch.rand(4, 4, 2, 2), torch.rand(4, 4, 2, 2)
+    grads = host.gradients(live)
+    assert [grad.shape for grad in grads] == [x.shape for x in live]
+    assert all(rms(grad) == pytest.approx(SHORT.rms, rel=1e-3) for grad in grads)
+    assert host.reconstruct(live).shape == (4, 1, 4, 4)
+
+
+def test_what_it_sends_follows_from_its_seed_and_what_crossed_alone() -> None:
+    """It is given no weight, record or label of the parties, and what crosses is neither changed nor kept."""
+    assert list(inspect.signature(Hijacker.gradients).parameters) == ["self", "live"]
+    live = crossed()
+    before = live[0].clone()
+    sent = [hijacker().gradients(live)[0] for _ in range(2)]
+    assert torch.equal(*sent)
+    assert torch.equal(live[0], before)
+    assert not torch.equal(sent[0], hijacker(seed=4).gradients(live)[0])
+    assert not torch.equal(sent[0], hijacker().gradients(crossed(seed=1))[0])
+
+
+def test_the_global_stream_of_random_numbers_is_left_alone() -> None:
+    before = torch.get_rng_state()
+    host = hijacker()
+    host.gradients(crossed())
+    host.reconstruct(crossed())
+    after = torch.get_rng_state()
+    torch.set_rng_state(before)
+    assert torch.equal(before, after)
+
+
+def test_pictures_come_back_in_their_shape_and_range_and_the_rehearsal_is_told() -> None:
+    told: list[tuple[int, int]] = []
+    host = Hijacker(
+        MODEL, DATA, 1, pictures(50, seed=1), budget=SHORT, max_rms=1e4, seed=0, on_step=lambda *at: told.append(at)
+    )
+    found = host.reconstruct((100 * crossed(300)[0],))
+    assert found.shape == (300, 1, 4, 4)
+    assert (float(found.min()), float(found.max())) >= (0.0, 0.0)
+    assert float(found.max()) <= 1.0
+    assert told == [(1, 2), (2, 2)]
+
+
+# --- what it gains --------------------------------------------------------------------------------------------------
+
+
+def test_a_front_that_is_steered_shows_more_than_one_that_is_not() -> None:
+    budget = HijackBudget(rms=1e-3, rehearsal=300, width=8, batch=32)
+    host, theirs = hijacker(budget=budget), pictures(256, seed=11)
+    front = Zone(MODEL, range(1), input_shape=DATA.shape, training=TRAINING, seed=bytes(32))
+    x = (theirs - 0.5) / 0.25
+
+    def error() -> float:
+        return float((host.reconstruct(front.infer([x])) - theirs).square().mean())
+
+    unsteered = error()
+    for step in range(150):
+        at = At(0, step, 150)
+        rows = torch.arange(32 * step, 32 * step + 32) % len(x)
+        front.backward(host.gradients(front.forward([x[rows]], at=at, needs_input_grad=False)), at=at)
+    spread = float((theirs - theirs.mean(0)).square().mean())
+    assert error() < 0.5 * spread < unsteered
+
+
+# --- the audit ------------------------------------------------------------------------------------------------------
+
+
+def steer(world: World) -> list[Tensors]:
+    """From now on the host's own gradients come back; returned as they were sent."""
+    plan, host, sent = world.plan, world.host, list[Tensors]()
+    public = pictures(50, seed=5)
+    own = Hijacker(
+        plan.model, plan.data, plan.partition.front, public, budget=SHORT, max_rms=plan.center.max_rms, seed=0
+    )
+
+    def take(head: TensorHead, tensors: Tensors, channel: Channel) -> None:
+        if head.role == "ir":
+            sent.append(own.gradients(tensors))
+        place = ("ir-grad", head.epoch, head.step)
+        host.take(head, tensors, Tampering(channel, place, lambda to, _, at: to.send_tensors(sent[-1], **at)))
+
+    host.on_tensor = take
+    return sent
+
+
+@pytest.mark.parametrize("head", [0, 2], ids=["two-way", "ternary"])
+@pytest.mark.parametrize("length", [1, 2])
+def test_an_audited_host_that_steers_is_caught_in_its_first_short_run_and_nothing_is_released(
+    head: int, length: int
+) -> None:
+    world = World(head=head, change=planned(rate=1.0, length=length)).run_to(State.READY)
+    sent = steer(world)
+    world.refused(m.Train(0, 0), "audit.other-result")
+    assert len(sent) == length
+    world.refused(m.Release(), "session.not-now", fatal=False)
+    assert world.run.model is None
+    assert not world.released
+
+
+@pytest.mark.parametrize("head", [0, 2], ids=["two-way", "ternary"])
+def test_without_an_audit_nobody_notices(head: int) -> None:
+    """Plain norm bounds do not: the run ends, and the statement says that nothing was audited."""
+    world = World(head=head, change=planned(rate=0.0)).run_to(State.READY)
+    sent = steer(world)
+    world.run_to(State.RELEASED)
+    assert len(sent) == 2 * 3
+    assert [e.body["audit_rate"] for e in world.chain() if e.kind == "release"] == [0.0]
