@@ -21,8 +21,9 @@ from caltrain.boundary.tensors import Role, TensorHead
 from caltrain.crypto.digests import to_text
 from caltrain.enclave.pool import PoolShape
 from caltrain.enclave.run import State
+from caltrain.exposure.policy import Bound, Policy
 from caltrain.models.spec import Partition
-from caltrain.plan import CutApproval, Plan
+from caltrain.plan import CutApproval, ExposureSpec, Plan
 from caltrain.training.spec import CenterSpec
 from support.members import Pixels
 from support.tiny import pictures
@@ -30,6 +31,8 @@ from support.world import World
 
 _PHASES: dict[type, str] = {
     m.Ingest: "ingest",
+    m.Assess: "assessment",
+    m.Vote: "assessment",
     m.Train: "training",
     m.MoveCut: "cut",
     m.Release: "release",
@@ -174,9 +177,12 @@ def _fields(reply: m.Reply) -> Iterator[tuple[str, int]]:
 
 
 def audited(plan: Plan) -> Plan:
-    """Every step of the center is repeated, and the first cut has room to move."""
+    """Every step of the center is repeated, the first cut has room to move, and the parties judge it."""
     partition = Partition(front=1, head=plan.partition.head)
-    return msgspec.structs.replace(plan, partition=partition, center=CenterSpec(audit_rate=1.0, audit_steps=2))
+    bounds = Bound(measure="ssim", at_most=0.3), Bound(measure="channel_correlation", at_most=1.0)
+    exposure = ExposureSpec(policy=Policy(bounds=bounds), sample=8)
+    center = CenterSpec(audit_rate=1.0, audit_steps=2)
+    return msgspec.structs.replace(plan, partition=partition, center=center, exposure=exposure)
 
 
 @cache

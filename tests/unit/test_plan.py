@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import tomllib
 from collections.abc import Iterator
+from pathlib import Path as File
 from random import Random
 from typing import Any
 
@@ -16,9 +18,11 @@ from hypothesis import strategies as st
 from caltrain import plan as plans
 from caltrain.crypto.digests import canonical_json, digest
 from caltrain.errors import AccessError, CaltrainError, ConfigError, DataError, IntegrityError
+from caltrain.exposure.policy import check_policy
 from caltrain.models.spec import inner_weights
 from caltrain.plan import (
     EnclaveSpec,
+    ExposureSpec,
     ManifestApproval,
     ManifestParty,
     ManifestShard,
@@ -35,7 +39,7 @@ from caltrain.records.shard import key_id
 from support.samples import DATA_KEY, MEASUREMENT, PLAN, SHARD, plan, quick, refused, signer
 
 SMALL = plan()
-DIGEST = "sha256:b15582bed4f2046c186b8abae666f754971c54866909fc4493e9d86251087381"
+DIGEST = "sha256:b0ccf944c3bbd321bfe80ae96286afd4bbcc35866db312d25781463f0aa2b7a6"
 
 # The same plan, written otherwise: other order, inline tables, comments, defaults spelled out, 1 for 1.0.
 REWRITTEN = f"""
@@ -215,6 +219,7 @@ ABSENT: dict[str, object] = {
     "model.size": [2, 2],
     "model.wheel": {"factory": "nets:make", "sha256": "sha256:" + "0" * 64},
     "training.initial": {"sha256": "sha256:" + "0" * 64},
+    "exposure": {"policy": {"bounds": [{"measure": "ssim", "at_most": 0.3}]}},
 }
 CHANGEABLE = [path for path, _ in leaves(FULL) if path != ("version",) and path[-1] != "type"]
 
@@ -510,7 +515,7 @@ OTHER_MANIFEST = msgspec.structs.replace(MANIFEST, run="cd" * 16)
 
 
 def test_known_manifest() -> None:
-    assert MANIFEST.digest() == "sha256:60ae779bac1ce9bdfab6fbc71bfe2c7578beeb0df1084c204b59f2b3a9d82ba4"
+    assert MANIFEST.digest() == "sha256:451ae99747184d7832bf6b2274a27836b9de6312856181e7f96482971806df8f"
     assert MANIFEST.records() == 24
 
 
@@ -613,3 +618,22 @@ def test_a_plan_whose_release_would_not_fit_through_the_door_is_refused(monkeypa
     monkeypatch.setattr(plans, "MAX_RELEASE", 4 * inner * len(SMALL.parties) - 1)
     with refused(ConfigError, "plan.release-too-large"):
         plan()
+
+
+# --- a policy for the cut -----------------------------------------------------------------------------------------
+
+
+def test_a_policy_for_the_cut_is_checked_with_the_plan() -> None:
+    bad = {"policy": {"bounds": [{"measure": "guesses", "at_most": 0.3}]}}
+    with refused(ConfigError, "policy.unknown-measure"):
+        plan(exposure=bad)
+    agreed = plan(exposure={"policy": {"bounds": [{"measure": "kl_ratio", "at_least": 1}]}})
+    assert agreed.exposure is not None
+    assert agreed.exposure.every == 1
+
+
+def test_a_policy_from_toml_reads_as_the_document_says() -> None:
+    text = (File(__file__).parents[2] / "docs" / "plan.md").read_text(encoding="utf-8")
+    block = text.partition("```toml\n[exposure]")[2].partition("```")[0]
+    spec = msgspec.convert(tomllib.loads("[exposure]" + block)["exposure"], ExposureSpec)
+    assert [bound.measure for bound in check_policy(spec.policy).bounds] == ["reidentification", "kl_ratio"]

@@ -7,7 +7,7 @@ from itertools import pairwise
 import typer
 
 from caltrain import __version__
-from caltrain.cli import bench, demo, doctor, host, party, plan, query
+from caltrain.cli import bench, demo, doctor, exposure, host, party, plan, query
 from caltrain.cli.output import Format, FormatOption, choose, emit, fail
 from caltrain.errors import CaltrainError, ConfigError, EnvironmentFault
 
@@ -33,6 +33,7 @@ app.add_typer(host.train_app, name="train", rich_help_panel=_HOST, short_help="s
 app.command("predict", rich_help_panel=_USER, short_help="predict with a joined model, or sealed")(query.predict)
 app.command("trace", rich_help_panel=_USER, short_help="which records lie behind a prediction")(query.trace)
 app.command("verify", rich_help_panel=_USER, short_help="check a trace bundle, offline")(query.verify)
+app.add_typer(exposure.app, name="exposure", rich_help_panel=_USER, short_help="what each cut gives away, measured")
 app.add_typer(bench.app, name="bench", rich_help_panel=_MORE, short_help="measure what anybody can repeat")
 
 

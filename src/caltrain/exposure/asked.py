@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from caltrain.errors import ConfigError
+from caltrain.exposure.attacks.labels import check_enough
 from caltrain.exposure.choice import choose
 from caltrain.exposure.defence_spec import DefenceSpec
 from caltrain.exposure.figures import Estimate
 from caltrain.exposure.lineup import BudgetName
+from caltrain.exposure.material import Material
 from caltrain.exposure.policy import ADVERSARIES, Policy
 from caltrain.exposure.report import MEASURES
 from caltrain.exposure.subject import Subject, candidate_cuts, check_front
@@ -31,11 +33,11 @@ class Asked:
     defences: tuple[DefenceSpec, ...] = ()
 
 
-def check_asked(subject: Subject, asked: Asked, *, targets: int) -> None:
-    """Refuse what could not be done with that many targets, before anything long runs.
+def check_asked(subject: Subject, asked: Asked, material: Material) -> None:
+    """Refuse what could not be done, before anything long runs.
 
     Raises ConfigError `exposure.unknown-attack`, `exposure.cut`, `policy.not-measured`, DataError
-    `exposure.too-few-for-policy`.
+    `exposure.too-few`, `exposure.too-few-for-policy`.
     """
     unknown = [name for name in asked.attacks if name not in ATTACKS]
     if unknown or not asked.attacks:
@@ -47,9 +49,11 @@ def check_asked(subject: Subject, asked: Asked, *, targets: int) -> None:
         )
     for front in asked.cuts:
         check_front(subject.spec, front)
+    if "labels" in asked.attacks:
+        check_enough(len(material.candidates), len(subject.data.classes))
     if asked.policy is not None:
         front = min(asked.cuts or candidate_cuts(subject.spec))
-        blank = Estimate(0, 0, 0, targets)
+        blank = Estimate(0, 0, 0, len(material.targets))
         choose(asked.policy, {front: dict.fromkeys(_measured(asked.attacks), blank)}, costs={front: 0})
 
 

@@ -27,6 +27,7 @@ from caltrain.exposure.measures import floors, score
 from caltrain.exposure.perceptual import Distance, Perceptual, edge_distance
 from caltrain.exposure.policy import ADVERSARIES, Adversary, weaker_adversary
 from caltrain.exposure.report import CutReport, DefenceReport, ExposureReport, Judge, Settings
+from caltrain.exposure.shown import unflattened
 from caltrain.exposure.speed import images_per_second
 from caltrain.exposure.statistics import mean_estimate
 from caltrain.exposure.subject import Cut, Subject, candidate_cuts
@@ -59,7 +60,7 @@ class Assessor:
         clock: Callable[[], float],
         on_step: OnStep = lambda _what, _done, _of: None,
     ) -> None:
-        check_asked(subject, asked, targets=len(material.targets))
+        check_asked(subject, asked, material)
         self.subject, self.material, self.asked = subject, material, asked
         self.validator = validator or generator_as_validator(subject)
         self.cuts = tuple(sorted(set(asked.cuts))) or candidate_cuts(subject.spec)
@@ -78,7 +79,7 @@ class Assessor:
         kl = self._kl() if "kl" in asked.attacks else {}
         cuts = {front: self._cut(front, kl.get(front)) for front in self.cuts}
         figures = {front: cut.figures() for front, cut in cuts.items()}
-        costs = {front: _price(cut) for front, cut in cuts.items()}
+        costs = {front: cut.price for front, cut in cuts.items()}
         choice = choose(asked.policy, figures, costs=costs) if asked.policy else None
         names = {name for cut in cuts.values() for name in cut.attacks}
         safe_from = papers_cut(kl, tolerance=asked.tolerance) if kl else None
@@ -95,6 +96,7 @@ class Assessor:
                 candidates=len(material.candidates),
                 own=len(material.own),
                 maps=asked.maps,
+                tolerance=asked.tolerance,
                 seed=asked.seed,
                 threads=threads,
             ),
@@ -138,7 +140,7 @@ class Assessor:
         labels = None
         if "labels" in self.asked.attacks:
             began = self._clock()
-            labels = assess_labels(cut, material, seed=self.asked.seed)
+            labels = assess_labels(cut, material.widened(), seed=self.asked.seed)
             seconds["labels"] = self._clock() - began
             self._advance(f"cut {front}: labels")
         batch = material.own[:_SPEED_BATCH]
@@ -193,7 +195,7 @@ class Assessor:
 
     def _telling(self, cut: Cut, number: int) -> Tensor:
         with torch.inference_mode():
-            shown = cut.ir(self.gallery.inputs)
+            shown = unflattened(self.subject, cut.front, cut.ir(self.gallery.inputs))
             return maps_of(shown, (self.subject.shape[1], self.subject.shape[2]), torch.tensor([number]))
 
     # -- progress ------------------------------------------------------------------------------------------------
@@ -207,11 +209,6 @@ class Assessor:
 
     def _tell(self, what: str, part: float) -> None:
         self._on_step(what, round(1000 * (self._done + part)), 1000 * self._total)
-
-
-def _price(cut: CutReport) -> float:
-    """Share of compute inside, or layers where a stage hides it: one or the other for all cuts of a model."""
-    return float(cut.cost.front) if cut.cost.compute is None else cut.cost.compute
 
 
 def _distance(validator: Validator) -> Distance:

@@ -5,6 +5,7 @@ IR: what crosses at a cut, one tensor for each live one. *Pictures* (N, C, H, W)
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import torch
@@ -22,13 +23,14 @@ _STEP = "measure exposure"
 def channel_correlation(live: Live, pictures: Tensor) -> Tensor:
     """(N,): for each record, the largest absolute Pearson correlation of a plane of its IR with the grey picture.
 
-    Planes are resized to the picture; one without contrast correlates 0, as do vectors, which have no places. Raises
-    IntegrityError `exposure.not-finite`, `exposure.constant-ir`.
+    Planes are resized to the picture; one without contrast correlates 0. A vector may be planes that were flattened, so
+    it is read as planes of every square size of 4 x 4 or more that divides it. Raises IntegrityError
+    `exposure.not-finite`, `exposure.constant-ir`.
     """
     check_ir(live)
     picture = _standard(pictures.mean(1).flatten(1))
     best = torch.zeros(len(pictures))
-    for planes in (stacked((tensor,)) for tensor in live):
+    for planes in itertools.chain.from_iterable(map(_readings, live)):
         owners = torch.arange(len(pictures)).repeat_interleave(planes.shape[1])
         rows = max(1, _AT_ONCE // picture.shape[1])
         parts = torch.split(planes.flatten(0, 1)[:, None].float(), rows)
@@ -37,6 +39,14 @@ def channel_correlation(live: Live, pictures: Tensor) -> Tensor:
             found = (_standard(resized) * picture[owner]).sum(1).abs().clamp_max(1)
             best.scatter_reduce_(0, owner, found, reduce="amax")
     return best
+
+
+def _readings(tensor: Tensor) -> list[Tensor]:
+    """The ways to see a tensor (N, ...) as planes (N, channels, h, w)."""
+    if tensor.dim() > 2:
+        return [stacked((tensor,))]
+    count, width = tensor.shape
+    return [tensor.reshape(count, -1, s, s) for s in range(4, math.isqrt(width) + 1) if width % (s * s) == 0]
 
 
 def distance_correlation(live_stacked: Tensor, pictures: Tensor) -> float:

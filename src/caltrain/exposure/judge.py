@@ -93,5 +93,5 @@ def _figures(
         scores = of_scores(score(pictures, material, edge_distance, seed=seed))
         found |= {f"{name}.{measure}": value for measure, value in scores.items()}
     if any(bound.measure == "label_purity" for bound in policy.bounds):
-        found["label_purity"] = assess_labels(cut, material, seed=seed).purity
+        found["label_purity"] = assess_labels(cut, material.widened(), seed=seed).purity
     return found

@@ -41,10 +41,10 @@ def assess_kl(
 ) -> dict[int, KlFigures]:
     """The figures of each cut over pictures (N, C, H, W), at least 8. `on_step(done, total)` counts maps shown.
 
-    With `maps`, only so many maps of each tensor are shown: a pilot of 16 inputs, shown with all maps, chooses them, a
-    second one measures how far the least of the chosen lies above the least of all. Up to 32 inputs are shown with all
-    maps. Raises ConfigError `exposure.cut`, `exposure.maps`, `exposure.validator-shape`, DataError `exposure.too-few`,
-    IntegrityError `exposure.not-finite`, `exposure.constant-ir`.
+    With `maps`, only so many maps of each tensor are shown. Two pilots of 16 inputs, shown with all maps, choose them;
+    and how far the least of those that one pilot chooses lies above the least of all is measured on the other. Up to 32
+    inputs are shown with all maps. Raises ConfigError `exposure.cut`, `exposure.maps`, `exposure.validator-shape`,
+    DataError `exposure.too-few`, IntegrityError `exposure.not-finite`, `exposure.constant-ir`.
     """
     for front in cuts:
         check_front(subject.spec, front)
@@ -57,15 +57,15 @@ def assess_kl(
         counts = look.counts(batches[0])
         if maps is None or len(batches) < 3 or max(counts, default=0) <= maps:
             progress = Progress(on_step, len(pictures) * sum(counts))
-            seen, pilot = [look(batch, None, progress) for batch in batches], None
+            seen, tested = [look(batch, None, progress) for batch in batches], []
         else:
             piloted, few = len(batches[0]) + len(batches[1]), sum(min(maps, count) for count in counts)
             progress = Progress(on_step, piloted * sum(counts) + (len(pictures) - piloted) * few)
-            first, pilot = (look(batch, None, progress) for batch in batches[:2])
-            chosen = [_telling(table.own, maps, rng) for table in first.tables]
-            rest = [look(batch, chosen, progress) for batch in batches[2:]]
-            seen = [first.only(chosen), pilot.only(chosen), *rest]
-    return {front: _figures(front, seen, pilot, seed) for front in look.cuts}
+            one, two = (look(batch, None, progress) for batch in batches[:2])
+            tested = [(two, two.only(_telling([one], maps, rng))), (one, one.only(_telling([two], maps, rng)))]
+            chosen = _telling([one, two], maps, rng)
+            seen = [one.only(chosen), two.only(chosen), *(look(batch, chosen, progress) for batch in batches[2:])]
+    return {front: _figures(front, seen, tested, seed) for front in look.cuts}
 
 
 def papers_cut(figures: Mapping[int, KlFigures], *, tolerance: float = 1.0) -> int | None:
@@ -78,25 +78,28 @@ def papers_cut(figures: Mapping[int, KlFigures], *, tolerance: float = 1.0) -> i
     return best
 
 
-def _telling(own: Tensor, wanted: int, rng: torch.Generator) -> Tensor:
-    """Numbers of `wanted` maps, ascending: half are those that rank best over the inputs (n, maps), half drawn."""
-    count = own.shape[1]
-    if count <= wanted:
-        return torch.arange(count)
-    ranked = own.argsort(1).argsort(1).double().mean(0).argsort(stable=True)
-    best = (wanted + 1) // 2
-    drawn = torch.randperm(count - best, generator=rng)[: wanted - best]
-    return torch.cat([ranked[:best], ranked[best:][drawn]]).sort().values
+def _telling(pilots: Sequence[Seen], wanted: int, rng: torch.Generator) -> list[Tensor]:
+    """Of each tensor the numbers of `wanted` maps, ascending: half rank best over the pilots' inputs, half drawn."""
+    chosen = []
+    for tables in zip(*(pilot.tables for pilot in pilots), strict=True):
+        own = torch.cat([table.own for table in tables])
+        ranked = own.argsort(1).argsort(1).double().mean(0).argsort(stable=True)
+        best = (wanted + 1) // 2
+        rest = ranked[best:]
+        drawn = rest[torch.randperm(len(rest), generator=rng)[: wanted - best]]
+        chosen.append(torch.cat([ranked[:best], drawn]).sort().values)
+    return chosen
 
 
-def _figures(front: int, seen: Sequence[Seen], pilot: Seen | None, seed: int) -> KlFigures:
+def _figures(front: int, seen: Sequence[Seen], tested: Sequence[tuple[Seen, Seen]], seed: int) -> KlFigures:
     least, winner, other = (torch.cat(parts) for parts in zip(*(batch.least(front) for batch in seen), strict=True))
     uniform = torch.cat([batch.uniform for batch in seen])
     tables = [seen[0].tables[part] for part in seen[0].parts[front]]
     used, channels = sum(len(table.index) for table in tables), sum(table.count for table in tables)
     error = None
-    if pilot is not None and used < channels:
-        error = mean_estimate((seen[1].least(front)[0] - pilot.least(front)[0]).numpy(), seed=seed)
+    if tested and used < channels:
+        gaps = [few.least(front)[0] - every.least(front)[0] for every, few in tested]
+        error = mean_estimate(torch.cat(gaps).numpy(), seed=seed)
     five = np.quantile(least.double().numpy(), _QUANTILES)
     return KlFigures(
         channels=channels,

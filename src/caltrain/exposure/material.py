@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -31,6 +31,10 @@ class Material:
     def target_labels(self) -> Tensor:
         """Of `targets`."""
         return self.labels[: len(self.targets)]
+
+    def widened(self) -> Material:
+        """With every candidate as a target, for what costs little a picture."""
+        return replace(self, targets=self.candidates)
 
 
 def gather(

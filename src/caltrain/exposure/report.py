@@ -27,6 +27,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     candidates: Count
     own: Count
     maps: Count | None
+    tolerance: float
     seed: int
     threads: Count
 
@@ -48,6 +49,11 @@ class CutReport(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     attacks: dict[str, Scores] = {}
     labels: LabelFigures | None = None
     seconds: dict[str, float] = {}
+
+    @property
+    def price(self) -> float:
+        """What a choice goes by: the share of compute inside; layers where a stage hides it, as then at every cut."""
+        return float(self.cost.front) if self.cost.compute is None else self.cost.compute
 
     def figures(self) -> dict[str, Estimate]:
         """By the keys of a policy's bounds: `whitebox.ssim`, `kl_ratio`."""

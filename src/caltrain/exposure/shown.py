@@ -13,7 +13,9 @@ from torch import Tensor
 from caltrain.exposure.maps import check_varies, map_count, maps_of
 from caltrain.exposure.subject import Defence, Live, Subject, check_finite
 from caltrain.exposure.validator import Validator
+from caltrain.models.layers import Dropout, Flatten, sources_of
 from caltrain.models.network import zone_of
+from caltrain.models.spec import layer_shapes, live_at
 
 _MAPS_AT_ONCE = 1024
 
@@ -102,6 +104,7 @@ class Look:
             live = zone_of(self.subject.module, self.subject.spec, range(before, front)).through(live)[0]
             crossing, before = self.defence(live), front
             check_finite(crossing, front)
+            crossing = unflattened(self.subject, front, crossing)
             # The same object crosses again behind a layer that only passes it on, and where a later layer reads it.
             for tensor in crossing:
                 if not any(tensor is known for known in tensors):
@@ -118,6 +121,21 @@ class Look:
             progress.add(grey.shape[0] * grey.shape[1])
         judged = torch.cat(rows)
         return Table(divergence(truth, judged), divergence(truth.roll(1, 0), judged), index, count)
+
+
+def unflattened(subject: Subject, front: int, live: Live) -> Live:
+    """What crosses, as planes where a layer only renamed their places: else that would look safe."""
+    numbers = live_at(subject.spec.layers, front)
+    return tuple(_as_planes(subject, *one) for one in zip(live, numbers, strict=True))
+
+
+def _as_planes(subject: Subject, tensor: Tensor, number: int) -> Tensor:
+    spec = subject.spec
+    while number >= 0 and isinstance(spec.layers[number], Flatten | Dropout):
+        number = sources_of(number, spec.layers[number])[0]
+    shape = layer_shapes(spec, subject.data.shape)[number + 1]
+    planes = tensor.dim() == 2 and len(shape) == 3 and tensor.shape[1] == math.prod(shape)
+    return tensor.reshape(len(tensor), *shape) if planes else tensor
 
 
 def divergence(truth: Tensor, judged: Tensor) -> Tensor:

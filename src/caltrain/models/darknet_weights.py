@@ -105,7 +105,11 @@ def _state(file: BinaryIO, spec: ModelSpec, record: Shape, *, transposed: bool) 
         elif isinstance(layer, Linear):
             if transposed and any(isinstance(before, AvgPool) for before in spec.layers[:i]):
                 # To Darknet a 1x1 convolution of a single pixel is none of the layers that were stored transposed.
-                raise _refused("weights.darknet-order", f"layer {i} may be stored in either order in so old a file")
+                raise _refused(
+                    "weights.darknet-order",
+                    f"layer {i} may be stored in either order in so old a file",
+                    "Load the file with a Darknet of today, and save it again.",
+                )
             yield f"{i}.linear.bias", _tensor(_floats(file, layer.units))
             ordered = _floats(file, inputs[0], layer.units).T if transposed else _floats(file, layer.units, inputs[0])
             yield f"{i}.linear.weight", _tensor(ordered)
@@ -142,7 +146,5 @@ def _norm(
     yield f"{prefix}num_batches_tracked", torch.tensor(0)
 
 
-def _refused(code: str, what: str) -> IntegrityError:
-    return IntegrityError(
-        code, f"the weights were refused: {what}", step=_STEP, fix="Give the whole .weights file of this very cfg."
-    )
+def _refused(code: str, what: str, fix: str = "Give the whole .weights file of this very cfg.") -> IntegrityError:
+    return IntegrityError(code, f"the weights were refused: {what}", step=_STEP, fix=fix)

@@ -34,6 +34,8 @@ BOTH: dict[str, str] = {
     "event countersignature",
     "ingest": "read shards, write pool, write held-out, tell ingest, answer ignored, answer center_seed, answer at, "
     "answer front, event ingest",
+    "assessment": "ask commit, ask show, read center-state, read pool, answer signed, answer sealed, answer due, "
+    "answer state, event assess, event vote",
     "training": "read pool, write pool, read pool-cells, write pool-cells, tensor ir, tensor ir-grad, tell train, "
     "ask commit, answer loss, answer at, answer front, answer state, event epoch",
     "measuring": "read held-out, write held-out, tensor eval-ir, tensor eval-out, tell measure, answer held_out",
@@ -59,6 +61,8 @@ BODIES: dict[EventKind, set[str]] = {
     "countersignature": {"party"},
     "ingest": {"records", "ignored"},
     "epoch": {"epoch", "loss", "records", "held_out", "top1", "top2"},
+    "assess": {"epoch", "front", "model", "least", "statement"},
+    "vote": {"party", "epoch", "front", "report"},
     "cut": {"epoch", "before", "front"},
     "audit": {"rate", "runs", "repeated"},
     "checkpoint": {"state", "sealed", "size", "epoch", "step", "front", "center"},

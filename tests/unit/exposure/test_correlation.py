@@ -40,7 +40,15 @@ def test_planes_are_resized_and_all_live_tensors_count() -> None:
     assert float(channel_correlation((_draw(4, 3, 5, 5),), pictures).max()) < 0.8
 
 
-def test_tokens_have_places_and_vectors_have_none() -> None:
+def test_planes_that_are_flattened_show_as_much() -> None:
+    """Else a policy would be met by cutting one layer later, behind a layer that only renames places."""
+    pictures = _smooth(3)
+    planes = torch.nn.functional.avg_pool2d(pictures, 2)
+    flat = channel_correlation((planes.flatten(1),), pictures)
+    assert bool((flat >= channel_correlation((planes,), pictures) - 1e-6).all())
+
+
+def test_tokens_have_places_and_short_vectors_have_none() -> None:
     pictures = _smooth(3)
     tokens = torch.nn.functional.avg_pool2d(pictures.mean(1, keepdim=True), 4).flatten(2).transpose(1, 2)
     assert float(channel_correlation((tokens,), pictures).min()) > 0.8
@@ -137,3 +145,8 @@ def test_three_records_are_too_few() -> None:
         distance_correlation(_draw(3, 5), _smooth(3))
     assert refused.value.code == "exposure.too-few"
     assert 0 <= distance_correlation(_draw(4, 5), _smooth(4)) <= 1
+
+
+def test_an_estimate_below_zero_is_none() -> None:
+    x = _draw(12, 3, 4, 4)
+    assert distance_correlation(x, x[:, :1].abs() + 0.3 * _draw(12, 1, 4, 4, seed=1)) == 0

@@ -15,6 +15,8 @@ from caltrain.models.weights import model_digest, state_of
 from support.exposed import bright_or_dark, subject
 from support.samples import refused
 
+Pairs = tuple[Tensor, Tensor]
+
 
 def drawn(*shapes: tuple[int, ...], seed: int = 0) -> Live:
     generator = torch.Generator().manual_seed(seed)
@@ -153,22 +155,19 @@ def test_an_attacker_keeps_the_gradient(of: dict[str, float]) -> None:
 
 
 @pytest.fixture(scope="module")
-def own() -> tuple[Tensor, Tensor]:
+def own() -> Pairs:
     return bright_or_dark((1, 8, 8), 200, seed=1)
 
 
 @pytest.fixture(scope="module")
-def others() -> tuple[Tensor, Tensor]:
+def others() -> Pairs:
     return bright_or_dark((1, 8, 8), 300, seed=2)
 
 
 @pytest.fixture(scope="module")
-def trained(own: tuple[Tensor, Tensor]) -> Subject:
+def trained(own: Pairs) -> Subject:
     """A model that knows brightness."""
     return tuned(Cut(subject(), 1), *own, steps=60, rate=0.03, seed=5).subject
-
-
-Pairs = tuple[Tensor, Tensor]
 
 
 def test_accuracy_without_a_defence_is_the_models(trained: Subject, others: Pairs) -> None:

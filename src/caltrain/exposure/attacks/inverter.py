@@ -31,7 +31,7 @@ class InverterBudget:
     width: int
     depth: int
     steps: int
-    batch: int = 64
+    batch: int = 32
     records: int = 20_000
 
     def doubled(self) -> InverterBudget:
@@ -40,9 +40,9 @@ class InverterBudget:
 
 
 BUDGETS = {
-    "quick": InverterBudget(width=32, depth=1, steps=200),
-    "standard": InverterBudget(width=48, depth=1, steps=800),
-    "thorough": InverterBudget(width=64, depth=2, steps=1600),
+    "quick": InverterBudget(width=32, depth=1, steps=300),
+    "standard": InverterBudget(width=48, depth=1, steps=1000),
+    "thorough": InverterBudget(width=64, depth=2, steps=2000),
 }
 
 

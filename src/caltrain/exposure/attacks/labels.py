@@ -113,13 +113,7 @@ def label_groups(
     Raises DataError `exposure.too-few` for fewer records than twice the classes.
     """
     truth, rng = _numbers(labels), np.random.default_rng(seed)
-    if len(truth) < 2 * classes:
-        raise DataError(
-            "exposure.too-few",
-            f"{len(truth)} records cannot be grouped into {classes} classes",
-            step="group by label",
-            fix=f"Give at least {2 * classes} targets; some dozens a class make figures that are of use.",
-        )
+    check_enough(len(truth), classes)
     unit = F.normalize(rows.flatten(1), dim=1).numpy()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # fewer different rows than clusters: that is a finding
@@ -132,6 +126,17 @@ def label_groups(
             for k in known
         ),
     )
+
+
+def check_enough(records: int, classes: int) -> None:
+    """Raise DataError `exposure.too-few` for fewer records than twice the classes."""
+    if records < 2 * classes:
+        raise DataError(
+            "exposure.too-few",
+            f"{records} records cannot be grouped into {classes} classes",
+            step="group by label",
+            fix=f"Give at least {2 * classes}; some dozens a class make figures that are of use.",
+        )
 
 
 def in_majority(clusters: Numbers, labels: Numbers) -> int:

@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-_MOST_COMPONENTS = 4096
+_MOST_COMPONENTS = 3072
 _LEAST_SCALE = 1e-3
 
 
@@ -28,7 +28,7 @@ class Basis(Protocol):
 
 
 def basis_of(own: Tensor) -> Basis:
-    """The principal components of `own` pictures, all of them; of more than 4,096 values, the cosines.
+    """The principal components of `own` pictures, all of them; of more than 3,072 values, the cosines.
 
     For natural pictures the discrete cosine transform comes close to the principal components (Ahmed et al. 1974).
     """

@@ -44,21 +44,26 @@ BUDGETS = {
 
 
 class Statistics:
-    """Which channels vary together in a victim's IRs; of very many channels, of some drawn ones."""
+    """First moments at every place of a victim's IRs, second ones over all places; of very many channels, of some.
+
+    All are measured by the channels' mean deviation: each by its own would let those that hardly vary count most.
+    """
 
     def __init__(self, ir: Tensor, generator: torch.Generator) -> None:
-        self.moments = Moments.of(ir)
+        moments = Moments.of(ir)
+        self._center, self._scale = moments.mean, moments.std.mean()
         self._channels = torch.randperm(ir.shape[1], generator=generator)[:_MOST_CHANNELS]
-        self._mean, self._second = self._of(ir)
+        self._first, self._second = self._of(ir)
 
     def gap(self, ir: Tensor) -> Tensor:
-        """How far first and second moments of other IRs (N, C, h, w) are from the victim's; 0 is equal."""
-        mean, second = self._of(ir)
-        return (mean - self._mean).square().mean() + (second - self._second).square().mean()
+        """How far the moments of other IRs (N, C, h, w) are from the victim's; 0 is equal."""
+        first, second = self._of(ir)
+        return (first - self._first).square().mean() + (second - self._second).square().mean()
 
     def _of(self, ir: Tensor) -> tuple[Tensor, Tensor]:
-        rows = self.moments(ir)[:, self._channels].transpose(0, 1).flatten(1)
-        return rows.mean(1), rows @ rows.T / rows.shape[1]
+        scaled = ((ir.float() - self._center) / self._scale)[:, self._channels]
+        rows = scaled.transpose(0, 1).flatten(1)
+        return scaled.mean(0), rows @ rows.T / rows.shape[1]
 
 
 def shadow(

@@ -2,8 +2,8 @@
 
 As arXiv:1412.0035 and He et al. (ACSAC 2019, doi:10.1145/3359789.3359824): gradient descent on the distance of the two
 IRs plus priors. Different here: it descends in coordinates in which the adversary's own pictures vary alike, so that it
-goes first where pictures differ most; channels count by how well they are predicted; the weights of the priors are found
-for every cut on own pictures; and an inverter's answer may be what is started from.
+goes first where pictures differ most; channels count by how well they are predicted; the weights of the priors are
+found for every cut on own pictures; and an inverter's answer may be what is started from.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Start = Callable[[Live], Tensor]
 PRACTICE = 8
 _CALIBRATION = 128
 _AT_ONCE = 64
-_RATE = 0.1
+_RATE = 0.3
 _JITTER = 0.01
 _LEAST_NOISE = 0.01
 _OUTSIDE = 1000.0
@@ -42,7 +42,7 @@ class Prior:
     variation: float
 
 
-PRIORS = tuple(Prior(distance, variation) for distance in (0.0, 0.01, 0.1, 1.0) for variation in (0.0, 0.05))
+PRIORS = (Prior(0.01, 0.0), Prior(0.1, 0.0), Prior(0.1, 0.2), Prior(1.0, 0.0))
 
 
 @dataclass(frozen=True)
@@ -64,17 +64,18 @@ def whitebox(
     budget: WhiteboxBudget,
     seed: int,
     start: Start | None = None,
+    basis: Basis | None = None,
     on_step: OnStep = lambda _done, _total: None,
 ) -> Tensor:
     """Pictures (N, C, H, W) in 0..1 whose IR at `cut` is like `observed`, the tensors (N, ...) that crossed there.
 
     `own` pictures are the adversary's; it practises on the last 8. `start` makes pictures of such tensors, and should
-    not have learned from those 8; without it, the descent starts from the mean picture. No record's result depends on
-    another's. Raises DataError `exposure.other-ir`, `exposure.too-few`, IntegrityError `exposure.not-finite`,
+    not have learned from those 8; without it, the descent starts from the mean picture. `basis`: that of `own`, the same
+    at every cut, where it is at hand. No record's result depends on another's. Raises DataError `exposure.other-ir`, `exposure.too-few`, IntegrityError `exposure.not-finite`,
     `exposure.constant-ir`.
     """
     _check(cut, observed, own)
-    attack = Attack.of(cut, own[:-PRACTICE], start=start, seed=seed)
+    attack = Attack.of(cut, own[:-PRACTICE], start=start, basis=basis, seed=seed)
     done, parts = 0, [len(part) for part in observed[0].split(_AT_ONCE)]
     total = budget.steps * (len(parts) + (len(budget.priors) > 1))
 
@@ -84,10 +85,8 @@ def whitebox(
         on_step(done, total)
 
     prior = best_prior(attack, cut, own[-PRACTICE:], budget, stepped)
-    found = []
-    for live in zip(*(tensor.split(_AT_ONCE) for tensor in observed), strict=True):
-        found.append(attack.run(live, [prior] * len(live[0]), budget.steps, stepped))
-    return torch.cat(found)
+    batches = zip(*(tensor.split(_AT_ONCE) for tensor in observed), strict=True)
+    return torch.cat([attack.run(live, [prior] * len(live[0]), budget.steps, stepped) for live in batches])
 
 
 def best_prior(
@@ -141,17 +140,17 @@ class Attack:
     start: Start | None
 
     @classmethod
-    def of(cls, cut: Cut, own: Tensor, *, start: Start | None, seed: int) -> Attack:
+    def of(cls, cut: Cut, own: Tensor, *, seed: int, start: Start | None = None, basis: Basis | None = None) -> Attack:
         """Learn from `own` pictures what pictures are like, and what the cut's defence does to what crosses."""
         clean = Cut(cut.subject, cut.front)
         with torch.no_grad():
             pairs = zip(clean.ir(own[:_CALIBRATION]), cut.ir(own[:_CALIBRATION]), strict=True)
         channels = tuple(Channels.of(before, after) for before, after in pairs)
         jitter = _JITTER * torch.randn((1, *cut.subject.shape), generator=torch.Generator().manual_seed(seed))
-        return cls(clean, channels, basis_of(own), jitter, start)
+        return cls(clean, channels, basis or basis_of(own), jitter, start)
 
     def run(self, live: Live, priors: list[Prior], steps: int, stepped: Callable[[], None]) -> Tensor:
-        """Pictures (N, C, H, W) of `live`, each under its own prior. The rate falls as a cosine from 0.1."""
+        """Pictures (N, C, H, W) of `live`, each under its own prior. The rate falls as a cosine from 0.3."""
         live = tuple(tensor.clone() for tensor in live)  # of inference mode, too: clones may take part in autograd
         centre = self.basis.mean if self.start is None else self.start(live).clone()
         distance, variation = (torch.tensor([getattr(p, name) for p in priors]) for name in ("distance", "variation"))
