@@ -1,6 +1,7 @@
 """How far a host gets that steers the FrontNet of the real enclave program, without the center's audit and with it.
 
     python scripts/steering.py [--data digits|mnist] [--folder DIR] [--form two-way|ternary] [--steps N] [--draws N]
+        [--short-run N]
 
 The host's CenterNet computes honestly, commits honestly, and sends gradients of `caltrain.exposure.attacks.steering`
 instead of its own (plain norm bounds: the plan's `max_rms`). First table: unaudited, after so many steps, how close the
@@ -39,8 +40,7 @@ from caltrain.training.seeds import Draws, RunSeeds, epoch_order
 from caltrain.training.spec import CenterSpec
 
 RATES = (0.01, 0.05, 0.1, 0.5)
-SHORT_RUN = 16
-EPOCH = 2 * SHORT_RUN
+EPOCH = 32
 SCORED = 256
 CANDIDATES = 1000
 Records = tuple[Tensor, Tensor]
@@ -104,11 +104,9 @@ def unaudited(preset: Preset, records: Records, hijacker: Hijacker, *, steers: b
             run.train_epoch(epoch)
         _, seed = run.release(hostile.center.center)
     truth = true_pictures(preset, records[0], RunSeeds.from_run_seed(seed))
-    last = SCORED // preset.training.batch
-    return [
-        success(torch.cat(hostile.pictures[stop - last : stop]), torch.cat(truth[stop - last : stop]), records[0])
-        for stop in range(SHORT_RUN, len(truth) + 1, SHORT_RUN)
-    ]
+    last, every = SCORED // preset.training.batch, preset.center.audit_steps
+    windows = [slice(max(0, stop - last), stop) for stop in range(every, len(truth) + 1, every)]
+    return [success(torch.cat(hostile.pictures[w]), torch.cat(truth[w]), records[0]) for w in windows]
 
 
 def true_pictures(preset: Preset, pixels: Tensor, seeds: RunSeeds) -> list[Tensor]:
@@ -143,13 +141,13 @@ def until_caught(preset: Preset, records: Records, hijacker: Hijacker) -> tuple[
 
 def audited(preset: Preset, records: Records, hijacker: Hijacker, curve: list[Success], *, draws: int) -> None:
     """Print the second table."""
-    runs = len(curve)
+    runs, length = len(curve), preset.center.audit_steps
     print(f"| audit rate | caught within {runs} short runs | calculated | steps until caught | SSIM | re-identified |")
     print("|---|---|---|---|---|---|")
     for rate in RATES:
-        stricter = with_audit(preset, rate)
+        stricter = with_audit(preset, rate, length)
         ends = [until_caught(stricter, records, hijacker) for _ in range(draws)]
-        by_then = [curve[steps // SHORT_RUN - 1] for steps, _ in ends]
+        by_then = [curve[steps // length - 1] for steps, _ in ends]
         caught, steps = sum(found for _, found in ends), [steps for steps, found in ends if found]
         print(
             f"| {rate:g} | {caught} of {draws} | {1 - (1 - rate) ** runs:.2f} "
@@ -159,9 +157,9 @@ def audited(preset: Preset, records: Records, hijacker: Hijacker, curve: list[Su
         )
 
 
-def with_audit(preset: Preset, rate: float) -> Preset:
-    """The preset with an audit of so many short runs."""
-    return msgspec.structs.replace(preset, center=CenterSpec(audit_rate=rate, audit_steps=SHORT_RUN))
+def with_audit(preset: Preset, rate: float, length: int) -> Preset:
+    """The preset with an audit of that share of its short runs of `length` steps."""
+    return msgspec.structs.replace(preset, center=CenterSpec(audit_rate=rate, audit_steps=length))
 
 
 def main() -> int:
@@ -170,26 +168,31 @@ def main() -> int:
     parser.add_argument("--data", choices=("digits", "mnist"), default="digits")
     parser.add_argument("--folder", type=Path)
     parser.add_argument("--form", choices=("two-way", "ternary"), default="two-way")
-    parser.add_argument("--steps", type=int, default=512, help=f"a multiple of {EPOCH}")
+    parser.add_argument("--steps", type=int, default=256, help=f"a multiple of {EPOCH}")
+    parser.add_argument("--short-run", type=int, default=16, choices=(1, 2, 4, 8, 16), help="steps")
     parser.add_argument("--draws", type=int, default=8, help="runs at each audit rate")
     parser.add_argument("--seed", type=int, default=1)
     asked = parser.parse_args()
     preset = PRESETS[asked.data]
+    torch.set_num_threads(preset.training.threads)
     cut = Partition(front=preset.partition.front, head=0 if asked.form == "two-way" else preset.partition.head)
     training = msgspec.structs.replace(preset.training, epochs=asked.steps // EPOCH)
-    preset = with_audit(msgspec.structs.replace(preset, partition=cut, training=training), 0.0)
+    preset = with_audit(msgspec.structs.replace(preset, partition=cut, training=training), 0.0, asked.short_run)
     records, public = _divide(asked.data, asked.folder, EPOCH * training.batch)
     budget = HijackBudget(batch=training.batch)
     hijacker = Hijacker(
         preset.model, preset.data, cut.front, public, budget=budget, max_rms=preset.center.max_rms, seed=asked.seed
     )
-    print(f"{asked.data}, {asked.form}, cut {cut.front}, {len(records[0])} records, {len(public)} public pictures")
+    print(
+        f"{asked.data}, {asked.form}, cut {cut.front}, {len(records[0])} records, {len(public)} public pictures",
+        flush=True,
+    )
     curve = unaudited(preset, records, hijacker)
     honest = unaudited(preset, records, hijacker, steers=False)
     print("| steps | SSIM | re-identified | honest host: SSIM | re-identified |\n|---|---|---|---|---|")
-    for runs in sorted({1, 2, 4, 8, 16, 32, len(curve)} & set(range(len(curve) + 1))):
-        values = (*curve[runs - 1], *honest[runs - 1])
-        print(f"| {runs * SHORT_RUN} | {' | '.join(f'{value:.2f}' for value in values)} |")
+    for steps in (2**power for power in range(4, 20) if 2**power <= asked.steps):
+        values = (*curve[steps // asked.short_run - 1], *honest[steps // asked.short_run - 1])
+        print(f"| {steps} | {' | '.join(f'{value:.2f}' for value in values)} |")
     truth = records[0][:SCORED].float() / 255
     for name, guesses in (("mean image", public.mean(0, keepdim=True).expand_as(truth)), ("a draw", public[:SCORED])):
         found = success(guesses, truth, records[0][SCORED:])

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from caltrain.errors import ConfigError
 from caltrain.exposure.asked import Asked, check_asked
+from caltrain.exposure.attacks.inverter import fast
 from caltrain.exposure.attacks.labels import assess_labels
-from caltrain.exposure.choice import choose
+from caltrain.exposure.choice import Choice, choose
 from caltrain.exposure.correlation import channel_correlation, distance_correlation
 from caltrain.exposure.cost import cost_of
 from caltrain.exposure.defence_spec import DefenceSpec
@@ -109,7 +110,7 @@ class Assessor:
             policy=asked.policy,
             choice=choice,
             assumptions=weaker_adversary(asked.policy) if asked.policy else (),
-            defences=tuple(self._defence(spec, choice.front if choice else None) for spec in asked.defences),
+            defences=tuple(self._defence(spec, choice) for spec in asked.defences),
         )
 
     # -- the parts -----------------------------------------------------------------------------------------------
@@ -174,13 +175,14 @@ class Assessor:
         self._advance(f"cut {cut.front}: correlation")
         return {
             "channel_correlation": mean_estimate(correlation.numpy(), seed=self.asked.seed),
-            "distance_correlation": Estimate(distance, distance, distance, len(targets)),
+            "distance_correlation": distance,
         }
 
-    def _defence(self, spec: DefenceSpec, front: int | None) -> DefenceReport:
-        """The defence at the chosen cut, or else at the shallowest that was assessed."""
+    def _defence(self, spec: DefenceSpec, choice: Choice | None) -> DefenceReport:
+        """The defence at the chosen cut, at the nearest to it where none is, or at the shallowest that was assessed."""
         material, seed = self.material, self.asked.seed
-        cut = defended(Cut(self.subject, front or self.cuts[0]), spec, material.own, seed=seed)
+        front = (choice.front or choice.nearest if choice else None) or self.cuts[0]
+        cut = defended(Cut(self.subject, front), spec, material.own, seed=seed)
         attacks: dict[str, Scores] = {
             name: score(pictures, material, self._distance, seed=seed) for name, pictures, _ in self._attack(cut)
         }
@@ -190,8 +192,14 @@ class Assessor:
             defence=spec.text,
             attacks=attacks,
             accuracy=accuracy(cut, *others),
-            tuned=tuned_accuracy(cut, (material.own, material.own_labels), others, seed=seed),
+            tuned=self._tuned(cut, others),
         )
+
+    def _tuned(self, cut: Cut, others: tuple[Tensor, Tensor]) -> Estimate:
+        material, what = self.material, f"cut {cut.front}: tuning"
+        with fast():
+            own = material.own, material.own_labels
+            return tuned_accuracy(cut, own, others, seed=self.asked.seed, on_step=partial(self._part, what))
 
     def _telling(self, cut: Cut, number: int) -> Tensor:
         with torch.inference_mode():

@@ -13,9 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from caltrain.errors import DataError, IntegrityError
+from caltrain.exposure.figures import Estimate
 from caltrain.exposure.subject import Live, stacked
 
+LEAST_SAMPLE = 5
 _AT_ONCE = 1 << 22
+_WIDE = 1.96  # standard errors on both sides: 95 %
 _SAME = 1e-6
 _STEP = "measure exposure"
 
@@ -49,32 +52,46 @@ def _readings(tensor: Tensor) -> list[Tensor]:
     return [tensor.reshape(count, -1, s, s) for s in range(4, math.isqrt(width) + 1) if width % (s * s) == 0]
 
 
-def distance_correlation(live_stacked: Tensor, pictures: Tensor) -> float:
+def distance_correlation(live_stacked: Tensor, pictures: Tensor) -> Estimate:
     """Distance correlation, 0..1, of the IRs (N, ...) and the pictures of a sample (Szekely et al. 2007).
 
     The root of the bias-corrected, U-centred estimate of its square (Szekely and Rizzo 2013), 0 where that is negative:
-    independent samples give about 0 in any dimension, which the plain estimate does not. Raises DataError
-    `exposure.too-few` under four records, IntegrityError as `channel_correlation`.
+    independent samples give about 0 in any dimension, which the plain estimate does not. The interval is the
+    jackknife's. Raises DataError `exposure.too-few` under five records, IntegrityError as `channel_correlation`.
     """
-    if len(pictures) < 4:
+    count = len(pictures)
+    if count < LEAST_SAMPLE:
         raise DataError(
             "exposure.too-few",
-            f"{len(pictures)} records have no distance correlation",
+            f"{count} records have no distance correlation",
             step=_STEP,
-            fix="Measure at least four records; some hundred give a figure that is of use.",
+            fix=f"Measure at least {LEAST_SAMPLE} records; some hundred give a figure that is of use.",
         )
     check_ir((live_stacked,))
-    a, b = _centred_distances(live_stacked), _centred_distances(pictures)
+    a, b = _distances(live_stacked), _distances(pictures)
+    value, others = _correlated(a, b), torch.arange(count)
+    without = [_correlated(a[kept][:, kept], b[kept][:, kept]) for kept in (others[others != i] for i in others)]
+    error = math.sqrt((count - 1) / count * sum((x - sum(without) / count) ** 2 for x in without))
+    return Estimate(value, max(0.0, value - _WIDE * error), min(1.0, value + _WIDE * error), count)
+
+
+def _distances(samples: Tensor) -> Tensor:
+    """Between the samples (N, ...), pair by pair: (N, N) float64."""
+    flat = samples.flatten(1).float()
+    flat = flat - flat.mean(0)
+    return torch.cdist(flat, flat).double().fill_diagonal_(0)
+
+
+def _correlated(a: Tensor, b: Tensor) -> float:
+    """Of two tables of distances (N, N)."""
+    a, b = _centred(a), _centred(b)
     scale = float(a.norm() * b.norm())
     squared = float((a * b).sum()) / scale if scale else 0.0
     return math.sqrt(min(1.0, max(0.0, squared)))
 
 
-def _centred_distances(samples: Tensor) -> Tensor:
-    """Pairwise distances of samples (N, ...), U-centred: (N, N) float64."""
-    flat = samples.flatten(1).float()
-    flat, n = flat - flat.mean(0), len(flat)
-    far = torch.cdist(flat, flat).double().fill_diagonal_(0)
+def _centred(far: Tensor) -> Tensor:
+    n = len(far)
     rows = far.sum(1) / (n - 2)
     return (far - rows[:, None] - rows[None, :] + far.sum() / ((n - 1) * (n - 2))).fill_diagonal_(0)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from caltrain.exposure.figures import Estimate, Scores
+from caltrain.exposure.policy import ADVERSARIES, Adversary
 from caltrain.exposure.report import MEASURES, CutReport, of_scores
 from caltrain.exposure.statistics import spearman
 
@@ -27,7 +28,7 @@ def at_floor(measure: str, found: Estimate, floors: Mapping[str, Scores]) -> boo
 def floor_at(cuts: Mapping[int, CutReport], floors: Mapping[str, Scores]) -> dict[str, int | None]:
     """By `attack.measure`: the first cut from which on, to the deepest, it is at its floor; None where it is not."""
     found: dict[str, int | None] = {}
-    for attack in _attacks(cuts):
+    for attack in attacks_of(cuts):
         for measure in MEASURES:
             first = None
             for front in sorted(cuts, reverse=True):
@@ -62,7 +63,6 @@ def broken(
     return found
 
 
-def _attacks(cuts: Mapping[int, CutReport]) -> list[str]:
-    """Attacks that ran at every cut."""
-    reports = list(cuts.values())
-    return [name for name in reports[0].attacks if all(name in report.attacks for report in reports)]
+def attacks_of(cuts: Mapping[int, CutReport]) -> list[Adversary]:
+    """Adversaries who reconstructed pictures at every cut, strongest first."""
+    return [name for name in ADVERSARIES if all(name in report.attacks for report in cuts.values())]

@@ -34,8 +34,7 @@ def measure_inside(
             if "channel_correlation" in measures:
                 found[front]["channel_correlation"] = _estimate(channel_correlation(cut.ir(pictures), pictures))
             if "distance_correlation" in measures:
-                value = distance_correlation(cut.stacked(pictures), pictures)
-                found[front]["distance_correlation"] = Estimate(value, value, value, len(pictures))
+                found[front]["distance_correlation"] = distance_correlation(cut.stacked(pictures), pictures)
     if {"kl", "kl_ratio"} & set(measures):
         seed = int.from_bytes(os.urandom(4))
         judged = assess_kl(subject, cuts, generator_as_validator(subject), pictures, maps=_MAPS, seed=seed)

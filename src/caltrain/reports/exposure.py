@@ -10,7 +10,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescap
 from markupsafe import Markup
 
 from caltrain.exposure.figures import Estimate
-from caltrain.exposure.findings import at_floor
+from caltrain.exposure.findings import at_floor, attacks_of
 from caltrain.exposure.policy import key_of
 from caltrain.exposure.report import MEASURES, CutReport, ExposureReport, of_scores
 from caltrain.files import write_whole
@@ -44,7 +44,7 @@ def write_exposure(path: Path, report: ExposureReport, gallery: Gallery) -> None
     page = environment.get_template("exposure.html").render(
         report=report,
         cuts=sorted(report.cuts.items()),
-        attacks=attacks_of(report),
+        attacks=attacks_of(report.cuts),
         measures=MEASURES,
         key_of=key_of,
         scores=of_scores,
@@ -63,25 +63,20 @@ def estimate(value: Estimate, measure: str = "") -> str:
     return f"{value.value:.{digits}f} ({value.low:.{digits}f} to {value.high:.{digits}f})"
 
 
-def attacks_of(report: ExposureReport) -> list[str]:
-    """The adversaries who reconstructed pictures at every cut."""
-    return list(next(iter(report.cuts.values())).attacks)
-
-
 def plots(report: ExposureReport) -> list[str]:
     """Over the cut: SSIM and re-identification with their floors, the KL ratio with 1, what a cut costs."""
     found = []
-    if attacks_of(report):
+    if attacks_of(report.cuts):
         found.append(_attack_plot(report, "ssim", "SSIM of reconstructions"))
         found.append(_attack_plot(report, "reidentification", "share re-identified"))
     if "kl" in report.settings.attacks:
         ratio = _over_cuts(report, lambda cut: cut.kl.ratio.value if cut.kl else None)
         found.append(_plot({"KL ratio": ratio, "uniform guess": _level(report, 1.0)}, "KL ratio (papers)", "ratio"))
     inside = _over_cuts(report, lambda cut: cut.cost.compute)
-    cost = ({"compute inside (share)": inside} if inside else {}) | {
-        "bytes across (x record)": _over_cuts(report, lambda cut: cut.cost.ratio)
-    }
-    found.append(_plot(cost, "what a cut costs", "share; times"))
+    if inside:
+        found.append(_plot({"compute inside": inside}, "compute inside", "share"))
+    across = _over_cuts(report, lambda cut: cut.cost.bytes_across / 1000)
+    found.append(_plot({"bytes across": across}, "bytes across, a record", "kB"))
     return found
 
 
@@ -89,7 +84,7 @@ def _attack_plot(report: ExposureReport, measure: str, title: str) -> str:
     best = max(of_scores(floor)[measure].value for floor in report.floors.values())
     lines: dict[str, Points] = {
         name: _over_cuts(report, lambda cut, name=name: of_scores(cut.attacks[name])[measure].value)  # type: ignore[misc]
-        for name in attacks_of(report)
+        for name in attacks_of(report.cuts)
     }
     return _plot(lines | {"best guess": _level(report, best)}, title, measure)
 
@@ -115,7 +110,7 @@ def grid(report: ExposureReport, gallery: Gallery) -> list[tuple[int, list[Strip
         strips = [Strip("input", _sources(gallery.inputs))]
         if front in gallery.maps:
             strips.append(Strip("most telling map", _sources(gallery.maps[front])))
-        strips += [Strip(name, _sources(gallery.pictures[front, name])) for name in attacks_of(report)]
+        strips += [Strip(name, _sources(gallery.pictures[front, name])) for name in attacks_of(report.cuts)]
         rows.append((front, strips))
     return rows
 

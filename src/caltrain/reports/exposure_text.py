@@ -8,9 +8,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from caltrain.exposure.choice import Miss
+from caltrain.exposure.choice import Choice, Miss
 from caltrain.exposure.figures import Estimate, Scores
-from caltrain.exposure.findings import at_floor
+from caltrain.exposure.findings import at_floor, attacks_of
 from caltrain.exposure.report import CutReport, ExposureReport
 from caltrain.reports.terminal import plain
 
@@ -29,7 +29,7 @@ def print_exposure(report: ExposureReport, console: Console) -> None:
         table.add_column(heading, justify="left" if heading == "layer" else "right", no_wrap=True)
     if "kl" in settings.attacks:
         table.add_column("KL ratio", justify="right")
-    for name in _attacks(report):
+    for name in attacks_of(report.cuts):
         table.add_column(f"{name}\nSSIM", justify="right")
         table.add_column("\nre-id", justify="right")
     if "labels" in settings.attacks:
@@ -38,8 +38,8 @@ def print_exposure(report: ExposureReport, console: Console) -> None:
     for front, cut in sorted(report.cuts.items()):
         table.add_row(*_row(report, front, cut), style="bold" if front == chosen else "")
     table.add_section()
-    for name, floor in report.floors.items():
-        table.add_row(*_floor_row(report, name, floor), style="dim")
+    for guess, floor in report.floors.items():
+        table.add_row(*_floor_row(report, guess, floor), style="dim")
     console.print(table)
     for line in findings(report):
         console.print(plain(line))
@@ -54,14 +54,7 @@ def findings(report: ExposureReport) -> Iterator[str]:
     for front, names in sorted(report.broken.items()):
         yield f"cut {front} passes the papers' rule, but {_and(names)} still bring pictures back there"
     if report.choice is not None:
-        if report.choice.front is not None:
-            yield f"cut by the policy: {report.choice.front}"
-        elif report.choice.nearest is not None:
-            yield f"no cut meets the policy; nearest is {report.choice.nearest}"
-        for front, misses in sorted(report.choice.misses.items()):
-            if misses and report.choice.front is None:
-                yield f"  cut {front} misses {', '.join(_missed(miss) for miss in misses)}"
-        yield from (f"may help: {advice}" for advice in report.choice.advice)
+        yield from _chosen(report.choice)
     yield from report.assumptions
     for defence in report.defences:
         left = ", ".join(f"{name} SSIM {scores.ssim.value:.2f}" for name, scores in defence.attacks.items())
@@ -69,6 +62,18 @@ def findings(report: ExposureReport) -> Iterator[str]:
             f"{defence.defence} at cut {defence.front}: {left or 'no attack'}; accuracy {report.accuracy.value:.1%} "
             f"falls to {defence.accuracy.value:.1%}, {defence.tuned.value:.1%} after tuning"
         )
+
+
+def _chosen(choice: Choice) -> Iterator[str]:
+    """The cut, or the nearest to one; with what it and deeper cuts miss, since a cut is judged with these."""
+    if choice.front is not None:
+        yield f"cut by the policy: {choice.front}"
+        return
+    yield f"no cut meets the policy; nearest is {choice.nearest}"
+    for front, misses in sorted(choice.misses.items()):
+        if misses and front >= (choice.nearest or 0):
+            yield f"cut {front} misses {', '.join(_missed(miss) for miss in misses)}"
+    yield from (f"may help: {advice}" for advice in choice.advice)
 
 
 def _missed(miss: Miss) -> str:
@@ -86,7 +91,7 @@ def _row(report: ExposureReport, front: int, cut: CutReport) -> list[Text]:
     ]
     if "kl" in report.settings.attacks:
         cells.append(_cell(cut.kl.ratio if cut.kl else None))
-    for name in _attacks(report):
+    for name in attacks_of(report.cuts):
         scores = cut.attacks[name]
         for measure, value in (("ssim", scores.ssim), ("reidentification", scores.reidentification)):
             cells.append(_cell(value, dim=at_floor(measure, value, report.floors)))
@@ -99,13 +104,9 @@ def _floor_row(report: ExposureReport, name: str, floor: Scores) -> list[Text]:
     cells = [Text(), Text(f"floor: {name}"), Text(), Text()]
     if "kl" in report.settings.attacks:
         cells.append(Text())
-    for _ in _attacks(report):
+    for _ in attacks_of(report.cuts):
         cells += [_cell(floor.ssim), _cell(floor.reidentification)]
     return cells
-
-
-def _attacks(report: ExposureReport) -> list[str]:
-    return list(next(iter(report.cuts.values())).attacks)
 
 
 def _cell(value: Estimate | None, *, dim: bool = False) -> Text:

@@ -84,7 +84,7 @@ def test_an_ir_in_which_nothing_varies_is_refused(name: str) -> None:
     with pytest.raises(IntegrityError) as refused:
         channel_correlation((live,), torch.rand(len(live), 1, 5, 5))
     assert refused.value.code == "exposure.constant-ir"
-    if len(live) >= 4:
+    if len(live) >= 5:
         with pytest.raises(IntegrityError) as again:
             distance_correlation(live, torch.rand(len(live), 1, 5, 5))
         assert again.value.code == "exposure.constant-ir"
@@ -99,9 +99,9 @@ def test_one_live_tensor_that_varies_is_enough() -> None:
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_an_ir_that_is_not_finite_is_refused(bad: float) -> None:
-    live = _draw(4, 2, 5, 5)
+    live = _draw(5, 2, 5, 5)
     live[3, 1, 4, 4] = bad
-    for measure in (lambda: channel_correlation((live,), _smooth(4)), lambda: distance_correlation(live, _smooth(4))):
+    for measure in (lambda: channel_correlation((live,), _smooth(5)), lambda: distance_correlation(live, _smooth(5))):
         with pytest.raises(IntegrityError) as refused:
             measure()
         assert refused.value.code == "exposure.not-finite"
@@ -126,27 +126,36 @@ def _slow_distance_correlation(x: Tensor, y: Tensor) -> float:
 def test_distance_correlation_is_that_of_the_formula() -> None:
     x = _draw(12, 3, 4, 4)
     y = x[:, :1] + 0.3 * _draw(12, 1, 4, 4, seed=1)
-    assert distance_correlation(x, y) == pytest.approx(_slow_distance_correlation(x, y), abs=1e-4)
-    assert distance_correlation(x, y) > 0.3
+    assert distance_correlation(x, y).value == pytest.approx(_slow_distance_correlation(x, y), abs=1e-4)
+    assert distance_correlation(x, y).value > 0.3
 
 
 def test_distance_correlation_of_the_same_is_1_and_of_independent_samples_about_0() -> None:
     x = _draw(64, 500)
-    assert distance_correlation(5 - 3 * x, x) == pytest.approx(1, abs=1e-4)
-    assert distance_correlation(x, _draw(64, 500, seed=1)) < 0.3  # the plain estimate gives about 0.98
+    assert distance_correlation(5 - 3 * x, x).value == pytest.approx(1, abs=1e-4)
+    assert distance_correlation(x, _draw(64, 500, seed=1)).value < 0.3  # the plain estimate gives about 0.98
 
 
 def test_an_ir_that_is_the_same_for_all_records_is_not_correlated() -> None:
-    assert distance_correlation(_draw(1, 3, 4, 4).expand(8, -1, -1, -1), _smooth(8)) == 0
+    assert distance_correlation(_draw(1, 3, 4, 4).expand(8, -1, -1, -1), _smooth(8)).value == 0
 
 
-def test_three_records_are_too_few() -> None:
+def test_four_records_are_too_few() -> None:
     with pytest.raises(DataError) as refused:
-        distance_correlation(_draw(3, 5), _smooth(3))
+        distance_correlation(_draw(4, 5), _smooth(4))
     assert refused.value.code == "exposure.too-few"
-    assert 0 <= distance_correlation(_draw(4, 5), _smooth(4)) <= 1
+    assert 0 <= distance_correlation(_draw(5, 5), _smooth(5)).value <= 1
 
 
 def test_an_estimate_below_zero_is_none() -> None:
     x = _draw(12, 3, 4, 4)
-    assert distance_correlation(x, x[:, :1].abs() + 0.3 * _draw(12, 1, 4, 4, seed=1)) == 0
+    assert distance_correlation(x, x[:, :1].abs() + 0.3 * _draw(12, 1, 4, 4, seed=1)).value == 0
+
+
+def test_the_jackknifes_interval_covers_what_more_records_show() -> None:
+    x = _draw(400, 6)
+    y = x + 2 * _draw(400, 6, seed=1)
+    whole = distance_correlation(x, y).value
+    parts = [distance_correlation(x[at : at + 40], y[at : at + 40]) for at in range(0, 400, 40)]
+    assert sum(part.low <= whole <= part.high for part in parts) >= 8
+    assert all(0 < part.high - part.low < 0.6 for part in parts)

@@ -97,10 +97,17 @@ def test_costs_and_defences_as_data_need_no_torch() -> None:
 
 def test_speed_is_the_median_of_the_repeats() -> None:
     taken = iter([0.0, 0.1, 0.0, 9.0, 0.0, 0.2, 0.0, 0.4, 0.0, 0.5, 0.0, 0.3])
-    small = subject("18-layer")
+    small, passes = subject("18-layer"), 0
+
+    def counted(*_of: object) -> None:
+        nonlocal passes
+        passes += 1
+
+    small.module[0].register_forward_hook(counted)
     found = images_per_second(small, 3, torch.rand(8, *small.shape), clock=lambda: next(taken), repeats=3)
     assert (found.front, found.whole, found.batch, found.repeats) == (8 / 0.2, 8 / 0.4, 8, 3)
     assert next(taken, None) is None
+    assert passes == 2 * (3 + 1)  # one pass on each side is not timed
 
 
 def test_speed_at_a_cut_that_cannot_be_is_refused() -> None:

@@ -38,7 +38,7 @@ def noise(of: Subject, *, seed: int = 0) -> Material:
     generator = torch.Generator().manual_seed(seed)
     own, others = (torch.rand(12, *of.shape, generator=generator) for _ in range(2))
     labels = torch.randint(0, len(of.data.classes), (12,), generator=generator)
-    return Material(own, labels, others[:8], labels[:8], others)
+    return Material(own, labels, others[:8], labels, others)
 
 
 def test_it_beats_the_mean_image_at_the_first_cut(digits: tuple[Subject, Material]) -> None:

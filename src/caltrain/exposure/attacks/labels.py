@@ -80,14 +80,15 @@ def assess_labels(
 ) -> LabelFigures:
     """What the IRs of `material.targets` tell of them. Raises as `label_groups` does."""
     own, own_labels = material.own[:_MOST_OWN], material.own_labels[:_MOST_OWN].numpy()
-    parts = [*torch.split(own, _BATCH), *torch.split(material.targets, _BATCH)]
+    mine, theirs = torch.split(own, _BATCH), torch.split(material.targets, _BATCH)
     rows, answers = [], []
     with torch.inference_mode():
-        for number, part in enumerate(parts):
+        for number, part in enumerate((*mine, *theirs)):
             live = cut.ir(part)
             rows.append(reduced(live))
-            answers.append(cut.answer(live).argmax(1))
-            on_step(number + 1, len(parts))
+            if number >= len(mine):
+                answers.append(cut.answer(live).argmax(1))
+            on_step(number + 1, len(mine) + len(theirs))
     all_rows, truth = torch.cat(rows), material.target_labels.numpy()
     own_rows, target_rows = all_rows[: len(own)], all_rows[len(own) :]
     found = label_groups(target_rows, truth, classes=len(cut.subject.data.classes), seed=seed)
@@ -99,7 +100,7 @@ def assess_labels(
         named=found.named,
         probe=property_accuracy(own_rows, own_labels, target_rows, truth),
         bright=property_accuracy(own_rows, bright[0], target_rows, bright[1]),
-        rest=_told(torch.cat(answers)[len(own) :].numpy(), truth),
+        rest=_told(torch.cat(answers).numpy(), truth),
     )
 
 

@@ -19,8 +19,10 @@ _LEAST_SCALE = 1e-3
 class Basis(Protocol):
     """Directions in which pictures vary, each scaled by how much: coordinates of pictures are about N(0, 1) in it."""
 
-    mean: Tensor
-    """(1, C, H, W)."""
+    @property
+    def mean(self) -> Tensor:
+        """The mean picture, (1, C, H, W)."""
+        ...
 
     def offset(self, z: Tensor) -> Tensor:
         """What coordinates `z` (N, C, H, W) add to a picture: the same shape. Linear, of full rank."""

@@ -106,7 +106,8 @@ def train_shadow(
         with fast():
             live = cut.defence(front.through((cut.subject.inputs(material.own[rows]),))[0])
             logits = cut.answer(live)
-        loss = F.cross_entropy(logits.float(), material.own_labels[rows]) + victim.gap(stacked(live))
+        gap = victim.gap(stacked(live)).log1p()  # however far it begins, labels count as well
+        loss = F.cross_entropy(logits.float(), material.own_labels[rows]) + gap
         optimiser.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimiser.step()

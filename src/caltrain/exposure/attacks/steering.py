@@ -35,7 +35,7 @@ class HijackBudget:
     """
 
     rms: float = 5e-5
-    rehearsal: int = 1500
+    rehearsal: int = 600
     rounds: int = 2
     width: int = 32
     batch: int = 32

@@ -2,8 +2,8 @@
 
 As arXiv:1412.0035 and He et al. (ACSAC 2019, doi:10.1145/3359789.3359824): gradient descent on the distance of the two
 IRs plus priors. Different here: it descends in coordinates in which the adversary's own pictures vary alike, so that it
-goes first where pictures differ most; channels count by how well they are predicted; the weights of the priors are
-found for every cut on own pictures; and an inverter's answer may be what is started from.
+goes first where pictures differ most; what crosses is whitened; the weights of the priors are found for every cut on
+own pictures; and an inverter's answer may be what is started from.
 """
 
 from __future__ import annotations
@@ -27,9 +27,12 @@ Start = Callable[[Live], Tensor]
 PRACTICE = 8
 _CALIBRATION = 128
 _AT_ONCE = 64
-_RATE = 0.3
+_RATE = 0.6
 _JITTER = 0.01
 _LEAST_NOISE = 0.01
+_FLOOR = 0.01
+_TINY = 1e-20
+_MOST_CHANNELS = 1024
 _OUTSIDE = 1000.0
 _STEP = "reconstruct white-box"
 
@@ -42,7 +45,7 @@ class Prior:
     variation: float
 
 
-PRIORS = (Prior(0.01, 0.0), Prior(0.1, 0.0), Prior(0.1, 0.2), Prior(1.0, 0.0))
+PRIORS = (Prior(0.03, 0.0), Prior(0.3, 0.0), Prior(1.0, 0.2), Prior(3.0, 0.0))
 
 
 @dataclass(frozen=True)
@@ -70,9 +73,9 @@ def whitebox(
     """Pictures (N, C, H, W) in 0..1 whose IR at `cut` is like `observed`, the tensors (N, ...) that crossed there.
 
     `own` pictures are the adversary's; it practises on the last 8. `start` makes pictures of such tensors, and should
-    not have learned from those 8; without it, the descent starts from the mean picture. `basis`: that of `own`, the same
-    at every cut, where it is at hand. No record's result depends on another's. Raises DataError `exposure.other-ir`, `exposure.too-few`, IntegrityError `exposure.not-finite`,
-    `exposure.constant-ir`.
+    not have learned from those 8; without it, the descent starts from the mean picture. `basis`: of `own`, where it is
+    at hand; it is the same at every cut. No record's result depends on another's. Raises DataError
+    `exposure.other-ir`, `exposure.too-few`, IntegrityError `exposure.not-finite`, `exposure.constant-ir`.
     """
     _check(cut, observed, own)
     attack = Attack.of(cut, own[:-PRACTICE], start=start, basis=basis, seed=seed)
@@ -107,26 +110,50 @@ def best_prior(
 
 @dataclass(frozen=True)
 class Channels:
-    """Of one tensor: what crosses is taken to be `gain` * clean + `offset` + noise, channel by channel."""
+    """Of one tensor: what crosses is taken to be `gain` * clean + `offset` + noise, channel by channel.
+
+    `whiten` (channels, channels), or (channels,) where these are many, makes all that varies count alike: the details of
+    a picture are in what varies little. Noise makes it count less.
+    """
 
     gain: Tensor
     offset: Tensor
-    weight: Tensor
+    whiten: Tensor
 
     @classmethod
     def of(cls, clean: Tensor, crossed: Tensor) -> Channels:
-        """Fitted on tensors (N, ...) of the same records. A channel weighs what its noise lets it say, about."""
-        others = [d for d in range(clean.dim()) if d != (2 if clean.dim() == 3 else 1)]
-        (spread, middle), (crossing, level) = (torch.var_mean(t, others, keepdim=True) for t in (clean, crossed))
-        shared = ((clean - middle) * (crossed - level)).mean(others, keepdim=True)
-        gain = shared / spread.clamp_min(1e-12)
-        noise = (crossing - gain * shared).clamp_min(0)
-        weight = 1 / (noise + _LEAST_NOISE * (crossing + crossing.mean())).clamp_min(1e-12)
-        return cls(gain, level - gain * middle, weight / (weight * crossing).mean())
+        """Fitted on tensors (N, ...) of the same records; what differs by place alone goes into `offset`."""
+        middle, level = clean.mean(0, keepdim=True), crossed.mean(0, keepdim=True)
+        x, y = _rows(clean - middle), _rows(crossed - level)
+        gain = (x * y).mean(0) / x.square().mean(0).clamp_min(_TINY)
+        whiten = _whitening(y, (y - gain * x).square().mean(0))
+        shaped = gain[:, None, None] if clean.dim() == 4 else gain
+        return cls(shaped, level - shaped * middle, whiten / _times(y, whiten).square().mean().sqrt())
 
     def residual(self, clean: Tensor, observed: Tensor) -> Tensor:
-        """(N,): weighted mean square of what is left unexplained; about 1 for a guess that knows nothing."""
-        return (self.weight * (self.gain * clean.float() + self.offset - observed).square()).flatten(1).mean(1)
+        """(N,): mean square of what is left unexplained, whitened; about 1 for a guess that knows nothing."""
+        left = _times(_rows(self.gain * clean.float() + self.offset - observed), self.whiten)
+        return left.square().view(len(clean), -1).mean(1)
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """(places of all records, channels) of planes (N, C, h, w), tokens (N, T, D) or vectors (N, D)."""
+    return (tensor.movedim(1, -1) if tensor.dim() == 4 else tensor).flatten(0, -2)
+
+
+def _times(rows: Tensor, whiten: Tensor) -> Tensor:
+    return rows @ whiten if whiten.dim() == 2 else rows * whiten
+
+
+def _whitening(crossing: Tensor, noise: Tensor) -> Tensor:
+    """The inverse root of the noise's covariance and a hundredth of that of `crossing` (places, channels)."""
+    variance = crossing.square().mean(0)
+    least = noise + _LEAST_NOISE * (_FLOOR * variance.mean() + _TINY)
+    if len(variance) > _MOST_CHANNELS:
+        return (least + _LEAST_NOISE * variance).rsqrt()
+    covariance = crossing.T @ crossing / len(crossing)
+    values, vectors = torch.linalg.eigh(least.diag() + _LEAST_NOISE * covariance)
+    return vectors * values.clamp_min(values[-1] * 1e-6).rsqrt()
 
 
 @dataclass(frozen=True)
@@ -150,7 +177,7 @@ class Attack:
         return cls(clean, channels, basis or basis_of(own), jitter, start)
 
     def run(self, live: Live, priors: list[Prior], steps: int, stepped: Callable[[], None]) -> Tensor:
-        """Pictures (N, C, H, W) of `live`, each under its own prior. The rate falls as a cosine from 0.3."""
+        """Pictures (N, C, H, W) of `live`, each under its own prior. The rate falls as a cosine from 0.6."""
         live = tuple(tensor.clone() for tensor in live)  # of inference mode, too: clones may take part in autograd
         centre = self.basis.mean if self.start is None else self.start(live).clone()
         distance, variation = (torch.tensor([getattr(p, name) for p in priors]) for name in ("distance", "variation"))
