@@ -6,6 +6,7 @@ import math
 
 import msgspec
 
+from caltrain.exposure.policy import inside_bounds, key_of, weaker_adversary
 from caltrain.models.layers import has_weights, sources_of, weights_of
 from caltrain.models.spec import cut_shapes, layer_shapes, zone_ranges
 from caltrain.plan import Plan, User
@@ -40,6 +41,7 @@ class PlanSummary(msgspec.Struct, frozen=True, kw_only=True):
     head_net: Zone
     ir_bytes_per_record: int
     cut_by_epoch: tuple[CutStep, ...] | None
+    cut_policy: tuple[str, ...] | None
     epochs: int
     batch: int
     schedule: str
@@ -69,6 +71,7 @@ def summarise(plan: Plan) -> PlanSummary:
         head_net=head_net,
         ir_bytes_per_record=_ir_bytes(plan, front),
         cut_by_epoch=_cuts(plan),
+        cut_policy=_policy(plan),
         epochs=training.epochs,
         batch=training.batch,
         schedule=training.schedule,
@@ -109,6 +112,20 @@ def _cuts(plan: Plan) -> tuple[CutStep, ...] | None:
         return None
     steps = [(0, plan.partition.front), *((step.epoch, step.front) for step in plan.partition.deepen)]
     return tuple(CutStep(epoch=epoch, front=front, ir_bytes=_ir_bytes(plan, front)) for epoch, front in steps)
+
+
+def _policy(plan: Plan) -> tuple[str, ...] | None:
+    """What the cut may give away, by whom that is found out, and what is taken for granted of the adversary."""
+    spec = plan.exposure
+    if spec is None:
+        return None
+    inside = inside_bounds(spec.policy)
+    bounds = [
+        f"{key_of(bound)} {'at most' if bound.at_least is None else 'at least'} {bound.limit:g}: "
+        + ("measured inside" if bound in inside else "attacked by every party, who votes")
+        for bound in spec.policy.bounds
+    ]
+    return (*bounds, *weaker_adversary(spec.policy), f"judged before every {spec.every}. epoch, from the first on")
 
 
 def _computes(plan: Plan) -> str:

@@ -48,21 +48,21 @@ def digits_material(subject: Subject, *, targets: int = 16, candidates: int = 10
 
 @contextmanager
 def hardly_computing() -> Iterator[None]:
-    """The quick budget, made so small that only its shape is left: figures of it say nothing of a cut."""
+    """The quick budget, made so small that only its shape is left: figures of it say nothing of a cut. One thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     small = InverterBudget(width=8, depth=1, steps=8, batch=16)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(inverter.BUDGETS, "quick", small)
         patch.setitem(shadow.BUDGETS, "quick", ShadowBudget(steps=4, inverter=small, batch=16))
         patch.setitem(whitebox.BUDGETS, "quick", WhiteboxBudget(40, (Prior(0.01, 0.0),)))
-        yield
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)
 
 
 def ticks() -> Callable[[], float]:
     """A clock that goes on by a second at each look."""
     seconds = count()
     return lambda: float(next(seconds))
-
-
-def one_thread() -> None:
-    """Small tensors are slower on several."""
-    torch.set_num_threads(1)

@@ -7,9 +7,10 @@ from typing import Any
 import msgspec
 import pytest
 
+from caltrain.exposure.policy import Bound, Policy
 from caltrain.models.layers import AvgPool, Conv, Linear, Shortcut
 from caltrain.models.spec import Deepen, ModelSpec, Partition, Wheel
-from caltrain.plan import Plan, check_plan
+from caltrain.plan import ExposureSpec, Plan, check_plan
 from caltrain.plan_summary import CutStep, PlanSummary, Zone, summarise
 from caltrain.training.spec import CenterSpec, InitialWeights
 from support.members import Member
@@ -37,6 +38,7 @@ def test_a_plain_plan_has_one_cut_and_nothing_special() -> None:
         head_net=Zone(layers=2, learning=1, weights=16 * 3),
         ir_bytes_per_record=4 * 4 * 2 * 2,
         cut_by_epoch=None,
+        cut_policy=None,
         epochs=4,
         batch=8,
         schedule="cosine",
@@ -52,6 +54,18 @@ def test_a_plain_plan_has_one_cut_and_nothing_special() -> None:
         users=("una may predict and trace, 70 inputs", "pat may predict, 70 inputs"),
         measurement=MEASUREMENT,
     )
+
+
+def test_the_policy_for_the_cut_says_who_checks_it_and_what_it_takes_for_granted() -> None:
+    bounds = Bound(measure="ssim", at_most=0.3, adversary="inverter"), Bound(measure="kl_ratio", at_least=1)
+    told = summarise(plan(exposure=ExposureSpec(policy=Policy(bounds=bounds), every=2))).cut_policy
+    assert told is not None
+    assert told[:2] == (
+        "inverter.ssim at most 0.3: attacked by every party, who votes",
+        "kl_ratio at least 1: measured inside",
+    )
+    assert "does not know the FrontNet" in told[2]
+    assert told[3] == "judged before every 2. epoch, from the first on"
 
 
 def test_every_tensor_that_crosses_counts_and_the_cut_is_told_by_epoch() -> None:

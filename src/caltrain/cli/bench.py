@@ -11,6 +11,7 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from caltrain.bench.training import TrainingReport, bench_preset, cuts_of, run
+from caltrain.cli.judging import BudgetName
 from caltrain.cli.output import Format, FormatOption, choose, console, emit
 from caltrain.presets import Preset, StartName
 from caltrain.reports.plot import line_plot
@@ -68,6 +69,38 @@ def train(
     if plot is not None:
         plot.write_text(ratio_plot(rows), encoding="utf-8")
     emit({"cuts": rows} if sweep_cuts else rows[0], title="Training (simulated enclave)")
+
+
+@app.command()
+def exposure(
+    model: Annotated[StartName, typer.Option(help="a preset's model, with random weights")] = "cifar10-18-layer",
+    attacks: Annotated[str, typer.Option(help="of kl, whitebox, inverter, shadow, labels")] = "kl",
+    cuts: Annotated[list[int], typer.Option(min=1, help="layers in front; repeat; default every cut")] = [],  # noqa: B006
+    inputs: Annotated[int, typer.Option(min=8, help="inputs of KL")] = 256,
+    maps: Annotated[int, typer.Option(min=0, help="maps that KL shows of each tensor; 0 is all")] = 0,
+    targets: Annotated[int, typer.Option(min=8, help="pictures that are attacked")] = 32,
+    budget: Annotated[BudgetName, typer.Option(help="how much the attacks may compute")] = "quick",
+    threads: Annotated[int, typer.Option(min=1, help="threads that compute")] = 2,
+    format_: FormatOption = Format.TEXT,
+) -> None:
+    """Seconds that an exposure assessment takes, by cut and measure."""
+    import time  # noqa: PLC0415
+
+    from caltrain.bench.exposure import run as assess  # noqa: PLC0415  # torch
+    from caltrain.cli.exposing import ticking  # noqa: PLC0415
+    from caltrain.exposure.asked import Asked  # noqa: PLC0415
+
+    choose(format_)
+    asked = Asked(
+        attacks=tuple(attacks.split(",")),
+        cuts=tuple(cuts),
+        budget=budget,
+        maps=maps or None,
+        kl_inputs=inputs,
+    )
+    with ticking() as on_step:
+        report = assess(model, asked=asked, targets=targets, threads=threads, clock=time.perf_counter, on_step=on_step)
+    emit(report, title="Exposure assessment")
 
 
 def ratio_plot(rows: Sequence[TrainingReport]) -> str:

@@ -68,10 +68,10 @@ class Assessor:
         self.gallery = Gallery(material.targets[:_SHOWN])
         self._clock, self._on_step = clock, on_step
         self._distance = _distance(self.validator)
-        self._done = 0
+        self._done, self._kl_seconds = 0, 0.0
         names = [name for name in ADVERSARIES if name in asked.attacks]
         self._names = sorted(names, key=lambda name: name != "inverter")  # the white box begins with its pictures
-        self._total = len(self.cuts) * (len(asked.attacks) + 1) + len(asked.defences) * len(names)
+        self._total = len(self.cuts) * (len(asked.attacks) + 1) + len(asked.defences) * (len(names) + 1)
 
     def run(self, *, data: str, threads: int) -> ExposureReport:
         """All of it. Raises as the parts do."""
@@ -116,7 +116,7 @@ class Assessor:
     # -- the parts -----------------------------------------------------------------------------------------------
 
     def _kl(self) -> dict[int, KlFigures]:
-        pictures = self.material.candidates[: self.asked.kl_inputs]
+        pictures, began = self.material.candidates[: self.asked.kl_inputs], self._clock()
         found = assess_kl(
             self.subject,
             self.cuts,
@@ -127,12 +127,14 @@ class Assessor:
             on_step=lambda done, of: self._tell("kl", done / of * len(self.cuts)),
         )
         self._done += len(self.cuts)
+        self._kl_seconds = self._clock() - began
         return found
 
     def _cut(self, front: int, kl: KlFigures | None) -> CutReport:
         cut, material, seconds = Cut(self.subject, front), self.material, dict[str, float]()
         if kl is not None:
             self.gallery.maps[front] = self._telling(cut, kl.most_telling)
+            seconds["kl"] = self._kl_seconds / len(self.cuts)  # one pass serves all cuts
         attacks = dict[str, Scores]()
         for name, pictures, taken in self._attack(cut):
             attacks[name] = score(pictures, material, self._distance, seed=self.asked.seed)
@@ -199,7 +201,9 @@ class Assessor:
         material, what = self.material, f"cut {cut.front}: tuning"
         with fast():
             own = material.own, material.own_labels
-            return tuned_accuracy(cut, own, others, seed=self.asked.seed, on_step=partial(self._part, what))
+            found = tuned_accuracy(cut, own, others, seed=self.asked.seed, on_step=partial(self._part, what))
+        self._advance(what)
+        return found
 
     def _telling(self, cut: Cut, number: int) -> Tensor:
         with torch.inference_mode():

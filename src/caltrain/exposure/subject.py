@@ -76,7 +76,7 @@ class Subject:
 def subject_of(spec: ModelSpec, data: DataSchema, state: State, *, factory: Factory = no_wheel) -> Subject:
     """A subject from weights. Raises ConfigError unless the model fits the schema, IntegrityError for bad weights."""
     check_schema(data)
-    check_model(spec, Partition(front=1), input_shape=data.shape, classes=len(data.classes))
+    check_model(spec, Partition(front=candidate_cuts(spec)[0]), input_shape=data.shape, classes=len(data.classes))
     module = build(spec, input_shape=data.shape, factory=factory)
     load_zone(module, state, step=_STEP)
     return subject_from(spec, data, module, digest=model_digest(spec, state))

@@ -19,7 +19,7 @@ def print_exposure(report: ExposureReport, console: Console) -> None:
     """Table and findings. What is no better than a guess is dim, the chosen cut bold."""
     settings = report.settings
     table = Table(
-        title=f"Exposure on {report.data}: {settings.targets} pictures of others, budget {settings.budget}",
+        title=plain(f"Exposure on {report.data}: {settings.targets} pictures of others, budget {settings.budget}"),
         title_justify="left",
         caption="SSIM 1: the same picture. re-id: true picture nearest of "
         f"{settings.candidates}. dim: no better than a guess",
@@ -52,7 +52,7 @@ def findings(report: ExposureReport) -> Iterator[str]:
         cut = f"cut {report.papers_cut}" if report.papers_cut is not None else "no cut that was assessed"
         yield f"the papers' rule (judge: {judge}) calls safe: {cut}"
     for front, names in sorted(report.broken.items()):
-        yield f"cut {front} passes the papers' rule, but {_and(names)} still bring pictures back there"
+        yield f"cut {front} passes the papers' rule, but pictures come back there by {_and(names)}"
     if report.choice is not None:
         yield from _chosen(report.choice)
     yield from report.assumptions

@@ -79,8 +79,7 @@ def whitebox(
     """
     _check(cut, observed, own)
     attack = Attack.of(cut, own[:-PRACTICE], start=start, basis=basis, seed=seed)
-    done, parts = 0, [len(part) for part in observed[0].split(_AT_ONCE)]
-    total = budget.steps * (len(parts) + (len(budget.priors) > 1))
+    done, total = 0, budget.steps * (-(-len(observed[0]) // _AT_ONCE) + (len(budget.priors) > 1))
 
     def stepped() -> None:
         nonlocal done
@@ -88,7 +87,7 @@ def whitebox(
         on_step(done, total)
 
     prior = best_prior(attack, cut, own[-PRACTICE:], budget, stepped)
-    batches = zip(*(tensor.split(_AT_ONCE) for tensor in observed), strict=True)
+    batches = zip(*(torch.split(tensor, _AT_ONCE) for tensor in observed), strict=True)
     return torch.cat([attack.run(live, [prior] * len(live[0]), budget.steps, stepped) for live in batches])
 
 
@@ -112,8 +111,8 @@ def best_prior(
 class Channels:
     """Of one tensor: what crosses is taken to be `gain` * clean + `offset` + noise, channel by channel.
 
-    `whiten` (channels, channels), or (channels,) where these are many, makes all that varies count alike: the details of
-    a picture are in what varies little. Noise makes it count less.
+    `whiten` (channels, channels), or (channels,) where these are many, makes all that varies count alike: a picture's
+    details are in what varies little. Noise makes it count less.
     """
 
     gain: Tensor
@@ -127,8 +126,10 @@ class Channels:
         x, y = _rows(clean - middle), _rows(crossed - level)
         gain = (x * y).mean(0) / x.square().mean(0).clamp_min(_TINY)
         whiten = _whitening(y, (y - gain * x).square().mean(0))
+        size = _times(y, whiten).square().mean().sqrt()
         shaped = gain[:, None, None] if clean.dim() == 4 else gain
-        return cls(shaped, level - shaped * middle, whiten / _times(y, whiten).square().mean().sqrt())
+        # A tensor that is the same for all records says nothing, and must not divide by zero.
+        return cls(shaped, level - shaped * middle, whiten / size if size else torch.zeros_like(whiten))
 
     def residual(self, clean: Tensor, observed: Tensor) -> Tensor:
         """(N,): mean square of what is left unexplained, whitened; about 1 for a guess that knows nothing."""
@@ -153,7 +154,8 @@ def _whitening(crossing: Tensor, noise: Tensor) -> Tensor:
         return (least + _LEAST_NOISE * variance).rsqrt()
     covariance = crossing.T @ crossing / len(crossing)
     values, vectors = torch.linalg.eigh(least.diag() + _LEAST_NOISE * covariance)
-    return vectors * values.clamp_min(values[-1] * 1e-6).rsqrt()
+    whiten: Tensor = vectors * values.clamp_min(values[-1] * 1e-6).rsqrt()
+    return whiten
 
 
 @dataclass(frozen=True)
@@ -171,8 +173,10 @@ class Attack:
         """Learn from `own` pictures what pictures are like, and what the cut's defence does to what crosses."""
         clean = Cut(cut.subject, cut.front)
         with torch.no_grad():
-            pairs = zip(clean.ir(own[:_CALIBRATION]), cut.ir(own[:_CALIBRATION]), strict=True)
-        channels = tuple(Channels.of(before, after) for before, after in pairs)
+            with fast():  # what fast arithmetic loses is noise, too
+                predicted = clean.ir(own[:_CALIBRATION])
+            crossed = cut.ir(own[:_CALIBRATION])
+        channels = tuple(Channels.of(p.float(), c) for p, c in zip(predicted, crossed, strict=True))
         jitter = _JITTER * torch.randn((1, *cut.subject.shape), generator=torch.Generator().manual_seed(seed))
         return cls(clean, channels, basis or basis_of(own), jitter, start)
 
