@@ -39,7 +39,7 @@ def _sgd(epochs: int, rate: float, *, batch: int = 128, augment: Augment) -> Tra
 
 def _validator(data: str, *, width: int, epochs: int, flip: bool) -> tuple[str, Preset]:
     start = PRESETS[data]  # type: ignore[index]
-    training = _sgd(epochs, 0.1, augment=Augment(flip=flip, shift=0 if data == "cifar10" else 1))
+    training = _sgd(epochs, 0.02, augment=Augment(flip=flip, shift=0 if data == "cifar10" else 1))
     model = resnet9_28(len(start.data.classes), width=width)
     return data, Preset(model=model, partition=Partition(front=1), data=start.data, training=training)
 
@@ -54,9 +54,9 @@ MODELS: dict[str, tuple[str, Preset]] = {
     "pneumoniamnist-validator": _validator("pneumoniamnist", width=16, epochs=6, flip=False),
     "mnist": ("mnist", PRESETS["mnist"]),
     "pneumoniamnist": ("pneumoniamnist", PRESETS["pneumoniamnist"]),
-    "cifar10-validator": _validator("cifar10", width=64, epochs=3, flip=True),
+    "cifar10-validator": _validator("cifar10", width=48, epochs=4, flip=True),
     "cifar10-18-layer": _network("cifar10-18-layer", epochs=2, rate=0.05, augment=Augment(flip=True)),
-    "cifar10-resnet18": _network("cifar10-resnet18", epochs=1, rate=0.1, augment=Augment(flip=True, shift=4)),
+    "cifar10-resnet18": _network("cifar10-resnet18", epochs=1, rate=0.02, augment=Augment(flip=True, shift=4)),
 }
 
 

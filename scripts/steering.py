@@ -176,12 +176,20 @@ def main() -> int:
     preset = PRESETS[asked.data]
     torch.set_num_threads(preset.training.threads)
     cut = Partition(front=preset.partition.front, head=0 if asked.form == "two-way" else preset.partition.head)
-    training = msgspec.structs.replace(preset.training, epochs=asked.steps // EPOCH)
+    # The rate stays as in the first epochs of a long run: the steps are the beginning of one.
+    training = msgspec.structs.replace(preset.training, epochs=asked.steps // EPOCH, schedule="constant")
     preset = with_audit(msgspec.structs.replace(preset, partition=cut, training=training), 0.0, asked.short_run)
     records, public = _divide(asked.data, asked.folder, EPOCH * training.batch)
     budget = HijackBudget(batch=training.batch)
     hijacker = Hijacker(
-        preset.model, preset.data, cut.front, public, budget=budget, max_rms=preset.center.max_rms, seed=asked.seed
+        preset.model,
+        preset.data,
+        cut.front,
+        public,
+        budget=budget,
+        max_rms=preset.center.max_rms,
+        seed=asked.seed,
+        varied=training.augment,
     )
     print(
         f"{asked.data}, {asked.form}, cut {cut.front}, {len(records[0])} records, {len(public)} public pictures",

@@ -34,16 +34,16 @@ def digits_model() -> Subject:
     """A net with four cuts, right on about nine of ten digits."""
     data = PRESETS["digits"].data
     (pixels, labels), _ = open_records("digits", data)
-    training = TrainingSpec(epochs=6, batch=32, learning_rate=0.05, threads=1)
+    training = TrainingSpec(epochs=4, batch=32, learning_rate=0.05, threads=1)
     seeds = RunSeeds.from_run_seed(bytes(32))
     module = train_plain(NET, Partition(front=1), data, training, pixels=pixels, labels=labels, seeds=seeds)
     return subject_of(NET, data, state_of(module))
 
 
-def digits_material(subject: Subject, *, targets: int = 16, candidates: int = 100) -> Material:
-    """Own records are the training part, others' the test part."""
-    own, others = open_records("digits", subject.data)
-    return gather(subject, own, others, targets=targets, candidates=candidates)
+def digits_material(subject: Subject, *, own: int = 2000) -> Material:
+    """16 targets among 100 candidates of the test part; own records are at most so many of the training part."""
+    records, others = open_records("digits", subject.data)
+    return gather(subject, records, others, targets=16, candidates=100, most_own=own)
 
 
 @contextmanager

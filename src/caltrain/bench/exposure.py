@@ -66,7 +66,8 @@ def run(
     torch.set_num_threads(threads)
     start = STARTS[model]
     subject = _drawn(start.model, start.data)
-    judge = _drawn(resnet9_28(len(start.data.classes)), start.data)
+    fits = min(start.data.shape[1:]) >= 28
+    judge = _drawn(resnet9_28(len(start.data.classes), width=48) if fits else start.model, start.data)
     generator = torch.Generator().manual_seed(asked.seed)
     count = max(asked.kl_inputs, targets)
     own, others = (_records(start.data, n, generator) for n in (_OWN, count))
@@ -87,7 +88,7 @@ def run(
     )
     return ExposureBench(
         model=model,
-        validator="resnet9_28",
+        validator="resnet9_28, 48 wide" if fits else model,
         threads=threads,
         budget=asked.budget,
         targets=targets,

@@ -38,7 +38,7 @@ def print_exposure(report: ExposureReport, console: Console) -> None:
     for front, cut in sorted(report.cuts.items()):
         table.add_row(*_row(report, front, cut), style="bold" if front == chosen else "")
     table.add_section()
-    for guess, floor in report.floors.items():
+    for guess, floor in report.floors.items() if attacks_of(report.cuts) else ():
         table.add_row(*_floor_row(report, guess, floor), style="dim")
     console.print(table)
     for line in findings(report):

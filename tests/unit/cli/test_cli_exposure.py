@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 
 from caltrain.cli import exposing
+from caltrain.exposure.assess import Assessor
 from caltrain.exposure.open_model import save_subject
+from caltrain.exposure.validator import Validator
 from caltrain.participant.identity import create_identity
 from caltrain.presets import PRESETS
 from support.assessment import NET, hardly_computing
@@ -34,9 +36,15 @@ def _small() -> Iterator[None]:
 
 
 def words(model: Path, out: Path, **changes: str | Path) -> list[str | Path]:
-    options = NUMBERS | {"--data": "digits", "--validator": "generator", "--threads": "1", "--out": out}
+    options: dict[str, str | Path] = {
+        **NUMBERS,
+        "--data": "digits",
+        "--validator": "generator",
+        "--threads": "1",
+        "--out": out,
+    }
     options |= {"--" + name.replace("_", "-"): value for name, value in changes.items()}
-    return ["exposure", "assess", model, *(word for pair in options.items() for word in pair)]
+    return ["exposure", "assess", model, *(word for name in options for word in (name, options[name]))]
 
 
 def test_json_is_the_report_and_nothing_else(cli: Cli, model: Path, tmp_path: Path) -> None:
@@ -116,7 +124,7 @@ def idle(monkeypatch: pytest.MonkeyPatch) -> None:
     def begun(*_: object, **__: object) -> None:
         pytest.fail("something long began")
 
-    monkeypatch.setattr(exposing.Assessor, "run", begun)
+    monkeypatch.setattr(Assessor, "run", begun)
     monkeypatch.setattr(exposing, "train_validator", begun)
 
 
@@ -149,11 +157,11 @@ def test_two_policies_and_a_file_without_one_are_refused(cli: Cli, model: Path, 
 def test_without_a_validator_one_is_trained_and_kept(
     cli: Cli, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def train(of: object, *_: object, **__: object) -> exposing.Validator:
-        return exposing.Validator(subject("tiny"))
+    def train(of: object, *_: object, **__: object) -> Validator:
+        return Validator(subject("tiny"))
 
     monkeypatch.setattr(exposing, "train_validator", train)
-    monkeypatch.setattr(exposing.Assessor, "run", lambda *_, **__: pytest.fail("enough"))
+    monkeypatch.setattr(Assessor, "run", lambda *_, **__: pytest.fail("enough"))
     with pytest.raises(pytest.fail.Exception):
         cli(*words(model, tmp_path / "out", validator=""))
     assert sorted(path.name for path in (tmp_path / "out" / "validator").iterdir()) == [

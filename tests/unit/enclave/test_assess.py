@@ -22,14 +22,14 @@ LOOSE = Bound(measure="channel_correlation", at_most=1.0)
 STRICT = Bound(measure="channel_correlation", at_most=0.0)
 
 
-def judged(*bounds: Bound, every: int = 1, rate: float = 0.0, **more: int) -> World:
+def judged(*bounds: Bound, every: int = 1, rate: float = 0.0, head: int = 2, held_out: int = 1) -> World:
     """A run with a policy for the cut, taken in, before its first epoch."""
 
     def change(plan: Plan) -> Plan:
         spec = ExposureSpec(policy=Policy(bounds=bounds), every=every, sample=8)
         return msgspec.structs.replace(planned(model=DEEP, rate=rate)(plan), exposure=spec)
 
-    return World(change=change, **{"head": 2, "epochs": 4, "held_out": 1} | more).run_to(State.READY)
+    return World(change=change, head=head, epochs=4, held_out=held_out).run_to(State.READY)
 
 
 def called(world: World) -> m.Done:

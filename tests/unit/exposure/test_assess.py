@@ -36,7 +36,7 @@ class Finished:
 
     def __init__(self) -> None:
         subject = digits_model()
-        self.material = digits_material(subject)
+        self.material = digits_material(subject, own=300)
         self.steps: list[tuple[str, int, int]] = []
         judge = validator_of(subject, subject, self.material.candidates, self.material.labels)
         self.assessor = Assessor(
@@ -66,7 +66,7 @@ def test_every_cut_has_every_figure_beside_its_cost(finished: Finished) -> None:
         assert cut.labels is not None
         assert set(cut.plain) == {"channel_correlation", "distance_correlation"}
         assert set(cut.attacks) == set(ADVERSARIES)
-        assert set(cut.seconds) == {*ADVERSARIES, "labels"}
+        assert set(cut.seconds) == {*ADVERSARIES, "labels", "kl"}
         assert all(seconds > 0 for seconds in cut.seconds.values())
         assert cut.attacks["whitebox"].ssim.n == 16
         assert cut.attacks["whitebox"].candidates == 100

@@ -125,6 +125,22 @@ def test_moments_bring_every_channel_to_mean_0_and_deviation_1() -> None:
     assert (scaled.std((0, 2, 3), correction=0) - 1).abs().max() < 1e-5
 
 
+def test_how_large_a_channel_is_makes_no_difference() -> None:
+    victim, material = subject("18-layer"), noise(subject("18-layer"))
+    scales = 2.0 ** (torch.arange(16).reshape(1, -1, 1, 1) % 5 - 2)
+
+    def louder(pictures: Tensor) -> Tensor:
+        return Cut(victim, 4).stacked(pictures) * scales
+
+    ir = seen(Cut(victim, 4), material.targets)
+    first = train_inverter(Cut(victim, 4).stacked, material.own, budget=TINY, seed=0)
+    again = train_inverter(louder, material.own, budget=TINY, seed=0)
+    assert torch.allclose(first(ir), again(ir * scales), atol=1e-2)
+    own, louder_own = Moments.of(ir), Moments.of(ir * scales)
+    assert torch.allclose(first(ir, moments=own), first(ir * scales, moments=louder_own), atol=1e-4)
+    assert not torch.allclose(first(ir), first(ir * scales), atol=1e-2)
+
+
 def test_pictures_are_mirrored_about_half_of_the_time() -> None:
     own = torch.zeros(1, 1, 1, 2)
     own[0, 0, 0, 1] = 1

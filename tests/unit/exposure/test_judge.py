@@ -11,7 +11,9 @@ from torch import Tensor
 
 from caltrain.errors import DataError
 from caltrain.exposure import judge as module
+from caltrain.exposure.figures import Estimate
 from caltrain.exposure.judge import judge
+from caltrain.exposure.lineup import Lineup
 from caltrain.exposure.material import Material
 from caltrain.exposure.party_report import PartyReport
 from caltrain.exposure.policy import Policy, parse_policy
@@ -79,7 +81,7 @@ def test_the_halves_have_no_record_in_common_and_differ_by_seed(monkeypatch: pyt
 
     def figures(_cut: Cut, material: Material, *_: object, **__: object) -> dict[str, object]:
         seen.append(material)
-        return {"inverter.ssim": module.Estimate(0, 0, 0, 32)}
+        return {"inverter.ssim": Estimate(0, 0, 0, 32)}
 
     monkeypatch.setattr(module, "_figures", figures)
     for seed in (0, 1):
@@ -98,7 +100,7 @@ def test_a_rate_is_measured_on_as_many_records_as_it_takes_to_show_it(monkeypatc
         picture: Tensor = self.material.targets * 0
         return picture
 
-    monkeypatch.setattr(module.Lineup, "reconstruct", reconstruct)
+    monkeypatch.setattr(Lineup, "reconstruct", reconstruct)
     found = judged(parse_policy("reidentification<=0.06"), count=150)
     assert counts == [61, 61]
     assert found.front == 1

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from caltrain.exposure import lineup as module
+from caltrain.exposure.attacks import inverter, shadow
+from caltrain.exposure.attacks import whitebox as whitebox_module
 from caltrain.exposure.attacks.whitebox import PRACTICE
 from caltrain.exposure.lineup import BUDGETS, Lineup
 from caltrain.exposure.material import Material
@@ -83,12 +85,12 @@ def test_the_white_box_begins_with_the_inverters_pictures(
         begun.append(options["start"](observed))
         return begun[0]
 
-    monkeypatch.setattr(module.whitebox, "whitebox", whitebox)
+    monkeypatch.setattr(whitebox_module, "whitebox", whitebox)
     Lineup(material(), "quick", 0).reconstruct("whitebox", Cut(SUBJECT, 2))
     assert torch.equal(begun[0], torch.full((10, *SUBJECT.shape), 0.25))
     assert len(trained) == 1
 
 
 def test_every_budget_is_one_of_each_adversary() -> None:
-    for attack in (module.inverter, module.shadow, module.whitebox):
+    for attack in (inverter, shadow, whitebox_module):
         assert set(attack.BUDGETS) == set(BUDGETS)

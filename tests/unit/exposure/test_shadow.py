@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from caltrain.exposure.attacks.inverter import InverterBudget, seen
-from caltrain.exposure.attacks.shadow import BUDGETS, ShadowBudget, Statistics, shadow, train_shadow
+from caltrain.exposure.attacks.inverter import Inverter, InverterBudget, Moments, seen
+from caltrain.exposure.attacks.shadow import BUDGETS, ShadowBudget, Statistics, _front, shadow, train_shadow
 from caltrain.exposure.material import Material, gather
 from caltrain.exposure.measures import ssim
 from caltrain.exposure.subject import Cut, Live, subject_of
@@ -115,6 +115,28 @@ def test_it_works_at_every_kind_of_cut_and_again_with_the_same_seed(name: str, f
     assert not torch.equal(first, other)
 
 
+def test_its_first_weights_are_its_seeds() -> None:
+    cut, own = Cut(subject("18-layer"), 4), noise(Cut(subject("18-layer"), 4)).own
+    first, again, other = (_front(cut, seed).eval().through((own,))[0][0] for seed in (0, 0, 1))
+    assert torch.equal(first, again)
+    assert not torch.allclose(first, other, atol=1e-3)
+
+
+def test_the_victims_irs_are_normalised_by_their_own_moments(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not by the shadow's, whose channels are louder or quieter."""
+    cut, used = Cut(subject("18-layer"), 4), list[Moments | None]()
+
+    def spy(_inverter: Inverter, _ir: Tensor, *, moments: Moments | None = None) -> Tensor:
+        used.append(moments)
+        return torch.zeros(8, *cut.subject.shape)
+
+    monkeypatch.setattr(Inverter, "__call__", spy)
+    material = noise(cut)
+    shadow(cut, material, budget=TINY, seed=0)
+    assert used[0] is not None
+    assert torch.equal(used[0].mean, Moments.of(seen(cut, material.targets)).mean)
+
+
 def test_labels_of_targets_are_not_known_to_it() -> None:
     cut = Cut(subject("resnet18"), 30)
     material = noise(cut)
@@ -133,6 +155,8 @@ def test_the_gap_of_statistics_is_0_at_the_victims_own_and_grows_with_what_diffe
     assert float(victim.gap(ir * 2)) > 0.5
     together = torch.cat([ir[:, :3], ir[:, :3]], dim=1)  # each channel alone is as before
     assert float(victim.gap(together)) > 0.1
+    placed = ir + torch.linspace(-2, 2, 3)  # mirrored, only the places of what is loud change
+    assert float(Statistics(placed, generator).gap(placed.flip(3))) > 0.5
     assert float(Statistics(torch.randn(8, 600, 1, 1, generator=generator), generator).gap(torch.zeros(8, 600, 1, 1)))
 
 

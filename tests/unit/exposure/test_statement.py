@@ -56,6 +56,13 @@ def test_another_model_is_refused(side: str) -> None:
         verify(report, model=other if side == "hand" else MODEL)
 
 
+def test_a_statement_about_this_model_with_the_report_of_another_is_refused() -> None:
+    report = msgspec.structs.replace(chosen(), model="sha256:" + "9" * 64)
+    signed = AUDITOR.sign(KIND, ExposureStatement(model=MODEL, report=report.digest(), policy=POLICY, front=3))
+    with refused(IntegrityError, "exposure.other-model"):
+        verify_report(signed, msgspec.json.encode(report), model=MODEL, key=AUDITOR.public)
+
+
 def test_another_key_is_refused() -> None:
     with refused(IntegrityError, "signature.invalid"):
         verify(chosen(), key=signer("somebody").public)
@@ -71,8 +78,9 @@ def test_a_cut_that_does_not_follow_from_the_figures_is_refused(change: dict[str
 
 
 def test_a_choice_that_the_report_claims_is_not_believed() -> None:
-    assert chosen().choice is not None
-    lied = msgspec.structs.replace(chosen(), choice=msgspec.structs.replace(chosen().choice, front=1))
+    choice = chosen().choice
+    assert choice is not None
+    lied = msgspec.structs.replace(chosen(), choice=msgspec.structs.replace(choice, front=1))
     with refused(IntegrityError, "exposure.other-choice"):
         verify(lied)
 

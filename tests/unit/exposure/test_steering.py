@@ -23,6 +23,7 @@ from caltrain.presets import PRESETS
 from caltrain.records.readers import load
 from caltrain.records.schema import DataSchema
 from caltrain.training.batches import normalise
+from caltrain.training.spec import Augment
 from caltrain.training.zone import At, Zone
 from support.recovery import planned
 from support.tampering import Tampering
@@ -120,6 +121,17 @@ def test_pictures_come_back_in_their_shape_and_range_and_the_rehearsal_is_told()
     assert (float(found.min()), float(found.max())) >= (0.0, 0.0)
     assert float(found.max()) <= 1.0
     assert told == [(1, 2), (2, 2)]
+
+
+def test_its_own_pictures_are_varied_as_the_plan_varies_records() -> None:
+    plain, varied, again = (
+        Hijacker(MODEL, DATA, 1, pictures(50, seed=1), budget=SHORT, max_rms=1e4, seed=0, varied=Augment(shift=shift))
+        for shift in (0, 2, 2)
+    )
+    live = crossed()
+    sent = [host.gradients(live)[0] for host in (plain, varied, again)]
+    assert not torch.equal(sent[0], sent[1])
+    assert torch.equal(sent[1], sent[2])
 
 
 # --- what it gains --------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 
 import pytest
@@ -29,7 +30,7 @@ from support.exposed import subject
 from support.samples import refused
 
 SHORT = WhiteboxBudget(20, (Prior(0.01, 0.0),))
-LONG = WhiteboxBudget(80, (Prior(0.03, 0.0),))
+LONG = WhiteboxBudget(100, (Prior(0.003, 0.0),))
 
 
 def pictures(count: int, shape: tuple[int, ...], *, seed: int = 0) -> Tensor:
@@ -90,9 +91,11 @@ def test_pictures_of_every_kind_of_cut_explain_more_than_the_mean_picture(kind: 
 
 def test_the_start_is_where_the_descent_begins() -> None:
     cut, own, targets, observed = scene("18-layer", 14)
-    none = WhiteboxBudget(0, (Prior(1.0, 0.0),))
-    given = whitebox(cut, observed, own, budget=none, seed=0, start=lambda live: targets[: len(live[0])])
-    assert ssim(given, targets).min() > 0.9 > ssim(attack(cut, observed, own, none), targets).max()
+    near = WhiteboxBudget(5, (Prior(1e4, 0.0),))
+    with torch.inference_mode():  # what an inverter gives
+        close = (targets + 0.01).clamp(0, 1)
+    given = whitebox(cut, observed, own, budget=near, seed=0, start=lambda live: close[: len(live[0])])
+    assert ssim(given, targets).min() > 0.8 > ssim(attack(cut, observed, own, near), targets).max()
 
 
 # --- reproducible, record by record ----------------------------------------------------------------------------
@@ -106,13 +109,15 @@ def test_the_same_seed_gives_the_same_pictures_and_another_seed_others() -> None
 
 
 def test_each_record_comes_back_alone_as_it_does_among_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("caltrain.exposure.attacks.whitebox.fast", contextlib.nullcontext)  # rounds by batch size
     cut, own, _, observed = scene("resnet18", 2)
-    together = attack(cut, observed, own)
+    few = WhiteboxBudget(8, (Prior(0.01, 0.0),))
+    together = attack(cut, observed, own, few)
     for i in range(len(together)):
-        alone = attack(cut, tuple(tensor[i : i + 1] for tensor in observed), own)
-        torch.testing.assert_close(alone[0], together[i], atol=0.02, rtol=0)
+        alone = attack(cut, tuple(tensor[i : i + 1] for tensor in observed), own, few)
+        torch.testing.assert_close(alone[0], together[i], atol=0.002, rtol=0)
     monkeypatch.setattr("caltrain.exposure.attacks.whitebox._AT_ONCE", 4)
-    torch.testing.assert_close(attack(cut, observed, own), together, atol=0.02, rtol=0)
+    torch.testing.assert_close(attack(cut, observed, own, few), together, atol=0.002, rtol=0)
 
 
 def test_what_was_observed_and_the_subject_stay_as_they_were() -> None:

@@ -20,11 +20,14 @@ from caltrain.models.layers import Shape
 from caltrain.models.network import build
 from caltrain.models.spec import ModelSpec
 from caltrain.records.schema import DataSchema
-from caltrain.training.seeds import initialise
+from caltrain.training.batches import augment
+from caltrain.training.seeds import Draws, initialise
+from caltrain.training.spec import Augment
 
 OnStep = Callable[[int, int], None]
 _AT_ONCE = 256
 _PENALTY = 10.0
+_AS_THEY_ARE = Augment()
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,10 @@ class HijackBudget:
 
 
 class Hijacker:
-    """Knows what the host knows: `spec`, schema and cut by the plan, `public` pictures (N, C, H, W), later the IRs."""
+    """Knows what the host knows: of `public` pictures (N, C, H, W), the IRs, and by the plan all else.
+
+    `varied`: the plan's augmentation. The pilot has to see pictures as the FrontNet sees them, or it pulls elsewhere.
+    """
 
     def __init__(
         self,
@@ -54,13 +60,15 @@ class Hijacker:
         budget: HijackBudget,
         max_rms: float,
         seed: int,
+        varied: Augment = _AS_THEY_ARE,
         on_step: OnStep = lambda _done, _of: None,
     ) -> None:
         self._public, self._budget = public, budget
         self._rms = min(budget.rms, max_rms)
         self._generator = torch.Generator().manual_seed(seed)
+        self._varied, self._seed, self._batches = varied, seed.to_bytes(32, "big"), 0
         own = build(spec, input_shape=data.shape)
-        initialise(own, seed.to_bytes(32, "big"))
+        initialise(own, self._seed)
         self._pilot = Cut(Subject(spec, data, own.eval(), ""), front)
         planes: Shape = tuple(self._pilot.stacked(public[:2]).shape[1:])
         decoder = up_convolutional(planes, tuple(public.shape[1:]), budget.width, 1)
@@ -113,7 +121,9 @@ class Hijacker:
             return torch.cat([self._decoder(part).clamp(0, 1) for part in torch.split(stacked(live), _AT_ONCE)])
 
     def _some(self, count: int) -> Tensor:
-        return self._public[torch.randint(len(self._public), (count,), generator=self._generator)]
+        drawn = self._public[torch.randint(len(self._public), (count,), generator=self._generator)]
+        self._batches += 1
+        return augment(drawn, self._varied, Draws(self._seed, 0, self._batches))
 
 
 def _critic(planes: Shape, *, width: int = 32) -> nn.Module:

@@ -27,7 +27,8 @@ Start = Callable[[Live], Tensor]
 PRACTICE = 8
 _CALIBRATION = 128
 _AT_ONCE = 64
-_RATE = 0.6
+_RATE = 1.0
+_EASED = 0.7
 _JITTER = 0.01
 _LEAST_NOISE = 0.01
 _FLOOR = 0.01
@@ -181,17 +182,21 @@ class Attack:
         return cls(clean, channels, basis or basis_of(own), jitter, start)
 
     def run(self, live: Live, priors: list[Prior], steps: int, stepped: Callable[[], None]) -> Tensor:
-        """Pictures (N, C, H, W) of `live`, each under its own prior. The rate falls as a cosine from 0.6."""
-        live = tuple(tensor.clone() for tensor in live)  # of inference mode, too: clones may take part in autograd
-        centre = self.basis.mean if self.start is None else self.start(live).clone()
+        """Pictures (N, C, H, W) of `live`, each under its own prior.
+
+        The rate falls as a cosine; over most of the descent, the weight of the distance falls to a tenth, the prior's.
+        """
+        centre = self.basis.mean if self.start is None else self.start(live)
         distance, variation = (torch.tensor([getattr(p, name) for p in priors]) for name in ("distance", "variation"))
         z = self.jitter.repeat(len(priors), 1, 1, 1).requires_grad_()
         optimiser = torch.optim.Adam([z], lr=_RATE)
         for step in range(steps):
-            optimiser.param_groups[0]["lr"] = _RATE * (1 + math.cos(math.pi * step / steps)) / 2
+            at = step / steps
+            optimiser.param_groups[0]["lr"] = _RATE * (1 + math.cos(math.pi * at)) / 2
+            held = distance * 10 ** max(0.0, 1 - at / _EASED)
             pictures = centre + self.basis.offset(z)
             outside = (pictures - pictures.clamp(0, 1)).square().flatten(1).mean(1)
-            kept = distance * z.square().flatten(1).mean(1) + variation * roughness(pictures)
+            kept = held * z.square().flatten(1).mean(1) + variation * roughness(pictures)
             loss = self.residual(pictures, live) + kept + _OUTSIDE * outside
             (z.grad,) = torch.autograd.grad(loss.sum(), z)  # Adam is by element: no record's step depends on another's
             optimiser.step()
