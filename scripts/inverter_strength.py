@@ -53,7 +53,7 @@ def main() -> int:
         found, spent = _attack(name, cut, material, budget, seed=asked.seed)
         rows.append(_row(name, found, material, time.process_time() - began) | {"budget": spent})
         print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
-    print(f"Cut {asked.cut}, {len(material.own)} own records, budget {asked.budget}\n")
+    print(f"Cut {asked.cut}, {len(material.own)} own records, {budget.steps} steps of {budget.batch}\n")
     print("| | SSIM | PSNR, dB | re-identified of 1,000 | CPU s |\n|---|---|---|---|---|")
     for row in rows:
         print(f"| {row['name']} | {row['ssim']:.3f} | {row['psnr']:.2f} | {row['found']:.1%} | {row['cpu_s']:.0f} |")

@@ -51,7 +51,7 @@ def train_validator(
     held = max(1, min(_HELD, len(labels) // 10))
     training = _training(subject, len(labels) - held, threads=threads)
     total = training.epochs * ((len(labels) - held) // training.batch)
-    spec = resnet9_28(len(schema.classes), width=16 if subject.shape[0] == 1 else 64)
+    spec = resnet9_28(len(schema.classes), width=16 if subject.shape[0] == 1 else 48)
     made: list[Subject] = []
 
     def judged(_epoch: int, model: Network) -> None:
@@ -98,7 +98,7 @@ def _training(subject: Subject, records: int, *, threads: int) -> TrainingSpec:
     return TrainingSpec(
         epochs=min(epochs, 10_000),
         batch=batch,
-        learning_rate=0.05,
+        learning_rate=0.015,
         weight_decay=5e-4,
         augment=augment,
         threads=threads,

@@ -28,7 +28,10 @@ _WIDEST = 4  # times the width at the picture's size
 
 @dataclass(frozen=True)
 class Design:
-    """`build(planes, picture, width, depth)` makes the network; `loss` compares its pictures with the true ones."""
+    """`build(planes, picture, width, depth)` makes the network; `loss` compares its pictures with the true ones.
+
+    `rate` is the highest learning rate of its training.
+    """
 
     build: Build
     loss: Callable[[Tensor, Tensor], Tensor]
