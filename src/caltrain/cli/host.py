@@ -21,7 +21,7 @@ DeviceChoice = Literal["auto", "cpu", "cuda"]
 LogOption = Annotated[Path | None, typer.Option("--log", help="append the run's figures to this file (JSON lines)")]
 TensorBoardOption = Annotated[Path | None, typer.Option("--tensorboard", help="write event files to this folder")]
 MLflowOption = Annotated[str | None, typer.Option("--mlflow", help="log to this MLflow address or folder")]
-_COMMANDS = {"resume": "party rejoin", "cut": "party agree-cut"}
+_COMMANDS = {"resume": "party rejoin", "cut": "party agree-cut", "assess": "party assess"}
 
 app = typer.Typer(help="The machine's operator.", no_args_is_help=True)
 train_app = typer.Typer(help="Start and watch a training run.", no_args_is_help=True)

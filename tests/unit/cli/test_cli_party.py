@@ -12,13 +12,18 @@ import pytest
 
 from caltrain.cli import party as commands
 from caltrain.crypto.dsse import Envelope, open_envelope
+from caltrain.exposure.party_report import PartyReport
+from caltrain.participant.assess import Voted
 from caltrain.participant.identity import create_identity, load_identity
 from caltrain.participant.seal import own_shards
 from caltrain.plan import Plan, parse_plan
 from caltrain.project import Project, create_project
+from caltrain.provenance.statements import AssessedModel
 from caltrain.records.disclosure import Disclosure
 from caltrain.records.schema import decode_record
 from support.commands import Cli
+
+ZEROS = "sha256:" + "0" * 64
 
 
 @pytest.fixture
@@ -192,3 +197,37 @@ def test_join_says_that_the_enclave_is_simulated(
         "folder": str(home / "runs" / ("ab" * 16)),
         "simulated": simulated,
     }
+
+
+def test_a_plan_without_a_policy_has_nothing_to_assess(project: Project, cli: Cli) -> None:
+    home = project.parties["alder"].folder
+    words = ("party", "assess", "http://127.0.0.1:1", "--home", home, "--plan", project.plan_path)
+    shown = cli(*words, as_json=True)
+    assert (shown.code, shown.error["code"]) == (10, "assess.no-policy")
+
+
+@pytest.mark.parametrize("once", [True, False])
+def test_assess_votes_until_training_is_over(
+    once: bool, project: Project, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left, given = [3, 0], list[dict[str, Any]]()
+
+    def voted(*_: object, **options: Any) -> Voted | None:
+        given.append(options)
+        if not left:
+            return None
+        front, epoch = left.pop(0), len(given) - 1
+        statement = AssessedModel(
+            run="ab" * 16, plan=ZEROS, epoch=epoch, front=2, model=ZEROS, sample=8, figures={}, simulated=True
+        )
+        report = PartyReport(model=ZEROS, budget="quick", adversary_records=8, figures={}, misses={}, front=front)
+        return Voted("ab" * 16, epoch, statement, report, front)
+
+    monkeypatch.setattr(commands, "assess_run", voted)
+    home = project.parties["alder"].folder
+    words = ("party", "assess", "http://127.0.0.1:1", "--home", home, "--plan", project.plan_path, "--front", "2")
+    shown = cli(*words, *(["--once"] if once else []))
+    assert shown.out.count("simulated enclave") == 1
+    assert "alder: before epoch 1 voted for 3 layers inside" in shown.out
+    assert ("alder: before epoch 2 voted for no layers inside" in shown.out) is not once
+    assert [options["least"] for options in given] == [2] * (1 if once else 3)

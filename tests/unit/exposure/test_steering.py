@@ -72,14 +72,14 @@ def rms(x: Tensor) -> float:
 def test_a_gradient_has_the_size_asked_for_and_never_more_than_the_plan_bears(
     asked: float, bound: float, sent: float
 ) -> None:
-    budget = HijackBudget(rms=asked, rehearsal=1, width=4, batch=4)
+    budget = HijackBudget(rms=asked, settle=2, rehearsal=1, width=4, batch=4)
     host, live = hijacker(budget=budget, max_rms=bound), crossed()
-    for _ in range(3):
+    for share in (1, 2 / 3, 1 / 2):
         (grad,) = host.gradients(live)
         assert grad.shape == live[0].shape
         assert grad.dtype == torch.float32
         assert not grad.requires_grad
-        assert rms(grad) == pytest.approx(sent, rel=1e-3)
+        assert rms(grad) == pytest.approx(share * sent, rel=1e-3)
 
 
 def test_several_tensors_that_cross_together_each_get_theirs() -> None:

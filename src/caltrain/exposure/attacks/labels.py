@@ -32,7 +32,7 @@ from caltrain.exposure.subject import Cut, Live, stacked
 MOST_NUMBERS = 4096
 KNOWN = (1, 5)
 _DRAWS = 20
-_MOST_OWN = 2000
+_MOST_OWN = 1000
 _BATCH = 100
 _PENALTIES = tuple(float(x) for x in np.logspace(0, 6, 7))
 Numbers = NDArray[np.int64]

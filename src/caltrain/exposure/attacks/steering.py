@@ -34,11 +34,13 @@ _AS_THEY_ARE = Augment()
 class HijackBudget:
     """What the host spends: steps before the run for pilot and decoder, rounds of the critic in each step of it.
 
-    `rms`: the root mean square of the gradients that it sends, where the plan's bound allows that.
+    `rms`: the root mean square of the first gradients that it sends, where the plan's bound allows that. After `settle`
+    steps they are half as large, and so on as 1 / (1 + step / settle): without that the FrontNet circles its goal.
     """
 
     rms: float = 5e-5
-    rehearsal: int = 600
+    settle: int = 64
+    rehearsal: int = 400
     rounds: int = 2
     width: int = 32
     batch: int = 32
@@ -67,6 +69,7 @@ class Hijacker:
         self._rms = min(budget.rms, max_rms)
         self._generator = torch.Generator().manual_seed(seed)
         self._varied, self._seed, self._batches = varied, seed.to_bytes(32, "big"), 0
+        self._steps = 0
         own = build(spec, input_shape=data.shape)
         initialise(own, self._seed)
         self._pilot = Cut(Subject(spec, data, own.eval(), ""), front)
@@ -90,7 +93,7 @@ class Hijacker:
             on_step(step + 1, self._budget.rehearsal)
 
     def gradients(self, live: Live) -> Live:
-        """What to send back for what crossed: tensors like `live`, each of `rms`. The critic learns from each step.
+        """What to send back for what crossed in a step: tensors like `live`, all of one size. The critic learns too.
 
         The critic is Wasserstein's with a gradient penalty (arXiv:1704.00028), as in the paper.
         """
@@ -100,7 +103,10 @@ class Hijacker:
         for _ in range(self._budget.rounds):
             self._judge(real, fake)
         watched = tuple(tensor.detach().clone().requires_grad_() for tensor in live)
-        return tuple(self._sized(grad) for grad in torch.autograd.grad(-self._critic(stacked(watched)).sum(), watched))
+        grads = torch.autograd.grad(-self._critic(stacked(watched)).sum(), watched)
+        size = self._rms / (1 + self._steps / self._budget.settle)
+        self._steps += 1
+        return tuple(grad * (size / grad.square().mean().sqrt().clamp_min(1e-30)) for grad in grads)
 
     def _judge(self, real: Tensor, fake: Tensor) -> None:
         share = torch.rand((len(real), 1, 1, 1), generator=self._generator)
@@ -111,9 +117,6 @@ class Hijacker:
         self._judging.zero_grad()
         loss.backward()
         self._judging.step()
-
-    def _sized(self, grad: Tensor) -> Tensor:
-        return grad * (self._rms / grad.square().mean().sqrt().clamp_min(1e-30))
 
     def reconstruct(self, live: Live) -> Tensor:
         """Pictures (N, C, H, W) in 0..1: what the decoder makes of what crossed."""

@@ -46,7 +46,7 @@ class Prior:
     variation: float
 
 
-PRIORS = (Prior(0.03, 0.0), Prior(0.3, 0.0), Prior(1.0, 0.2), Prior(3.0, 0.0))
+PRIORS = (Prior(0.01, 0.0), Prior(0.1, 0.0), Prior(0.3, 0.2), Prior(1.0, 0.0), Prior(5.0, 0.0))
 
 
 @dataclass(frozen=True)
