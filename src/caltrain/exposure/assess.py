@@ -9,7 +9,6 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from caltrain.errors import ConfigError
 from caltrain.exposure.asked import Asked, check_asked
 from caltrain.exposure.attacks.inverter import fast
 from caltrain.exposure.attacks.labels import assess_labels
@@ -25,7 +24,7 @@ from caltrain.exposure.lineup import Lineup
 from caltrain.exposure.maps import maps_of
 from caltrain.exposure.material import Material
 from caltrain.exposure.measures import floors, score
-from caltrain.exposure.perceptual import Distance, Perceptual, edge_distance
+from caltrain.exposure.perceptual import distance_by
 from caltrain.exposure.policy import ADVERSARIES, Adversary, weaker_adversary
 from caltrain.exposure.report import CutReport, DefenceReport, ExposureReport, Judge, Settings
 from caltrain.exposure.shown import unflattened
@@ -67,7 +66,8 @@ class Assessor:
         self.cuts = tuple(sorted(set(asked.cuts))) or candidate_cuts(subject.spec)
         self.gallery = Gallery(material.targets[:_SHOWN])
         self._clock, self._on_step = clock, on_step
-        self._distance = _distance(self.validator)
+        self._distance = distance_by(self.validator.subject)
+        self._lineup = Lineup(material, asked.budget, asked.seed)
         self._done, self._kl_seconds = 0, 0.0
         names = [name for name in ADVERSARIES if name in asked.attacks]
         self._names = sorted(names, key=lambda name: name != "inverter")  # the white box begins with its pictures
@@ -160,11 +160,10 @@ class Assessor:
     def _attack(self, cut: Cut) -> list[tuple[Adversary, Tensor, float]]:
         """Every reconstruction of this cut and its seconds; the white box takes the inverter's for granted."""
         found = []
-        lineup = Lineup(self.material, self.asked.budget, self.asked.seed)
         for name in self._names:
             began, what = self._clock(), f"cut {cut.front}: {name}"
-            lineup.on_step = partial(self._part, what)
-            pictures = lineup.reconstruct(name, cut)
+            self._lineup.on_step = partial(self._part, what)
+            pictures = self._lineup.reconstruct(name, cut)
             found.append((name, pictures, self._clock() - began))
             self._advance(what)
         return found
@@ -221,12 +220,3 @@ class Assessor:
 
     def _tell(self, what: str, part: float) -> None:
         self._on_step(what, round(1000 * (self._done + part)), 1000 * self._total)
-
-
-def _distance(validator: Validator) -> Distance:
-    try:
-        return Perceptual(validator.subject)
-    except ConfigError as error:
-        if error.code != "exposure.no-places":
-            raise
-        return edge_distance

@@ -17,7 +17,7 @@ from caltrain.exposure.lineup import BudgetName, Lineup
 from caltrain.exposure.material import Material, gather
 from caltrain.exposure.measures import score
 from caltrain.exposure.party_report import PartyReport
-from caltrain.exposure.perceptual import edge_distance
+from caltrain.exposure.perceptual import Distance, distance_by
 from caltrain.exposure.policy import MEASURES, Adversary, Policy, attack_bounds
 from caltrain.exposure.report import of_scores
 from caltrain.exposure.statistics import records_to_show
@@ -50,8 +50,9 @@ def judge(
     material = _halves(subject, records, policy, seed=seed)
     found: dict[int, dict[str, Estimate]] = {}
     choice: Choice | None = None
+    lineup, distance = Lineup(material, budget, seed), distance_by(subject)
     for number, front in enumerate(sorted(cuts)):
-        found[front] = _figures(Cut(subject, front), material, names, policy, budget=budget, seed=seed)
+        found[front] = _figures(Cut(subject, front), lineup, names, policy, distance)
         on_step(f"cut {front}", number + 1, len(cuts))
         choice = choose(policy, found, costs={cut: float(cut) for cut in found})
         if choice.front is not None and not policy.all_deeper:
@@ -85,12 +86,12 @@ def _halves(
 
 
 def _figures(
-    cut: Cut, material: Material, names: Sequence[Adversary], policy: Policy, *, budget: BudgetName, seed: int
+    cut: Cut, lineup: Lineup, names: Sequence[Adversary], policy: Policy, distance: Distance
 ) -> dict[str, Estimate]:
-    lineup, found = Lineup(material, budget, seed), dict[str, Estimate]()
+    material, seed, found = lineup.material, lineup.seed, dict[str, Estimate]()
     for name in names:
         pictures: Tensor = lineup.reconstruct(name, cut)
-        scores = of_scores(score(pictures, material, edge_distance, seed=seed))
+        scores = of_scores(score(pictures, material, distance, seed=seed))
         found |= {f"{name}.{measure}": value for measure, value in scores.items()}
     if any(bound.measure == "label_purity" for bound in policy.bounds):
         found["label_purity"] = assess_labels(cut, material.widened(), seed=seed).purity

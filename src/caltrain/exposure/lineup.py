@@ -11,6 +11,7 @@ from torch import Tensor
 
 from caltrain.exposure.attacks import inverter, shadow, whitebox
 from caltrain.exposure.attacks.inverter import Inverter, seen, train_inverter
+from caltrain.exposure.attacks.priors import Basis, basis_of
 from caltrain.exposure.material import Material
 from caltrain.exposure.policy import Adversary
 from caltrain.exposure.subject import Cut, stacked
@@ -22,13 +23,14 @@ OnStep = Callable[[int, int], None]
 
 @dataclass
 class Lineup:
-    """Attacks on one cut after the other. `on_step` is told (steps done, of) within an attack."""
+    """Attacks on one cut after the other, with what they share. `on_step` is told (steps done, of) within an attack."""
 
     material: Material
     budget: BudgetName
     seed: int
     on_step: OnStep = lambda _done, _of: None
     _trained: tuple[Cut, Inverter] | None = None
+    _basis: Basis | None = None
 
     def reconstruct(self, name: Adversary, cut: Cut) -> Tensor:
         """The targets (N, C, H, W), as that adversary gets them out of what crosses."""
@@ -51,15 +53,17 @@ class Lineup:
         return self._trained[1]
 
     def _whitebox(self, cut: Cut) -> Tensor:
-        start = self._inverter(cut)
+        start, own = self._inverter(cut), self.material.own
+        self._basis = self._basis or basis_of(own[: -whitebox.PRACTICE])
         with torch.inference_mode():
             observed = cut.ir(self.material.targets)
         return whitebox.whitebox(
             cut,
             observed,
-            self.material.own,
+            own,
             budget=whitebox.BUDGETS[self.budget],
             seed=self.seed,
             start=lambda live: start(stacked(live)),
+            basis=self._basis,
             on_step=self.on_step,
         )

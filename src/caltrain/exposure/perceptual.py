@@ -96,3 +96,13 @@ def _gradient(x: Tensor) -> Tensor:
     x = F.pad(x, (0, 1, 0, 1), mode="replicate")
     across, down = x[:, :, :-1, 1:] - x[:, :, :-1, :-1], x[:, :, 1:, :-1] - x[:, :, :-1, :-1]
     return (across.square() + down.square()).sqrt()
+
+
+def distance_by(network: Subject) -> Distance:
+    """In the features of `network`; by edges where none of its layers keeps places."""
+    try:
+        return Perceptual(network)
+    except ConfigError as error:
+        if error.code != "exposure.no-places":
+            raise
+        return edge_distance

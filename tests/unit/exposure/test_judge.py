@@ -79,8 +79,8 @@ def test_deeper_cuts_are_attacked_only_where_they_count() -> None:
 def test_the_halves_have_no_record_in_common_and_differ_by_seed(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Material] = []
 
-    def figures(_cut: Cut, material: Material, *_: object, **__: object) -> dict[str, object]:
-        seen.append(material)
+    def figures(_cut: Cut, lineup: Lineup, *_: object, **__: object) -> dict[str, object]:
+        seen.append(lineup.material)
         return {"inverter.ssim": Estimate(0, 0, 0, 32)}
 
     monkeypatch.setattr(module, "_figures", figures)
