@@ -18,8 +18,8 @@ BudgetName = Literal["quick", "standard", "thorough"]
 
 
 @contextmanager
-def judging(budget: BudgetName) -> Iterator[Judge]:
-    """A judge that attacks with that budget."""
+def judging(budget: BudgetName, *, wheel: bytes | None = None) -> Iterator[Judge]:
+    """A judge that attacks with that budget; for a plan with stages, their wheel."""
     columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_interactive) as progress:
         task = progress.add_task("waiting", total=None)
@@ -30,9 +30,11 @@ def judging(budget: BudgetName) -> Iterator[Judge]:
             from caltrain.exposure.judge import judge as attack  # noqa: PLC0415  # torch
             from caltrain.exposure.subject import subject_of  # noqa: PLC0415
             from caltrain.models.weights import decode_state  # noqa: PLC0415
+            from caltrain.models.wheel import load_wheel, no_wheel  # noqa: PLC0415
 
+            factory = load_wheel(wheel, plan.model.wheel) if wheel and plan.model.wheel else no_wheel
             return attack(
-                subject_of(plan.model, plan.data, decode_state(weights, step="assess")),
+                subject_of(plan.model, plan.data, decode_state(weights, step="assess"), factory=factory),
                 cuts,
                 records,
                 spec.policy,

@@ -12,7 +12,9 @@ from caltrain.cli.files import read_plan, read_policy, write_json
 from caltrain.cli.judging import BudgetName, judging
 from caltrain.cli.output import Format, FormatOption, choose, emit, say, say_simulated
 from caltrain.errors import LineageError
+from caltrain.files import read_bounded
 from caltrain.host_client import HostClient
+from caltrain.models.spec import MAX_WHEEL_BYTES
 from caltrain.participant.assess import Voted
 from caltrain.participant.assess import assess as assess_run
 from caltrain.participant.cut import agree_to_cut
@@ -191,6 +193,7 @@ def assess(
     plan: PlanOption,
     budget: Annotated[BudgetName, typer.Option(help="how much the attacks may compute")] = "quick",
     front: Annotated[int, typer.Option(min=0, help="the shallowest FrontNet that this party accepts at all")] = 0,
+    wheel: Annotated[Path | None, typer.Option(help="the wheel of stages that the plan names")] = None,
     once: Annotated[bool, typer.Option("--once", help="vote once, and do not wait for the next epochs")] = False,
     timeout: Annotated[float, typer.Option(help="seconds to wait for each assessment")] = 86_400,
     format_: FormatOption = Format.TEXT,
@@ -198,8 +201,9 @@ def assess(
     """Before each epoch: attack the semi-trained model with this party's own records, and vote on the cut."""
     choose(format_)
     identity, agreed = load_identity(home), read_plan(plan)
+    stages = read_bounded(wheel, limit=MAX_WHEEL_BYTES) if wheel else None
     given: list[Voted] = []
-    with HostClient(url) as host, judging(budget) as judge:
+    with HostClient(url) as host, judging(budget, wheel=stages) as judge:
         while not (once and given):
             voted = assess_run(host, agreed, identity, judge=judge, least=front, seconds=timeout)
             if voted is None:

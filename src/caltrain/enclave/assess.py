@@ -22,8 +22,8 @@ from caltrain.enclave.pool import smallest
 from caltrain.enclave.run import Assessment, Run, State, present
 from caltrain.enclave.zones import inner_state, joined, same_center, shown_center
 from caltrain.errors import IntegrityError, ProtocolError
-from caltrain.exposure.inside import measure_inside
 from caltrain.exposure.choice import choose
+from caltrain.exposure.inside import measure_inside
 from caltrain.exposure.policy import attack_bounds, inside_bounds
 from caltrain.exposure.subject import subject_from
 from caltrain.models.weights import encode_state, model_digest, state_of

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +17,7 @@ from torch import Tensor
 from caltrain.exposure.defence_spec import DefenceSpec
 from caltrain.exposure.figures import Estimate
 from caltrain.exposure.statistics import rate_estimate
-from caltrain.exposure.subject import Cut, Defence, Live, Subject
+from caltrain.exposure.subject import Cut, Defence, Live
 from caltrain.models.network import zone_of
 
 _BATCH, _TUNING_BATCH = 256, 128
@@ -114,7 +115,7 @@ def tuned(
     rest.eval()
     for parameter in rest.parameters():
         parameter.requires_grad_(False)  # noqa: FBT003
-    return Cut(Subject(subject.spec, subject.data, module, subject.digest), cut.front, cut.defence)
+    return Cut(replace(subject, module=module), cut.front, cut.defence)
 
 
 def tuned_accuracy(

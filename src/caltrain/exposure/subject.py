@@ -35,6 +35,8 @@ class Subject:
     data: DataSchema
     module: Network
     digest: str
+    factory: Factory = no_wheel
+    """Makes the stages of a party's wheel, for who trains another network of this architecture."""
 
     @property
     def shape(self) -> Shape:
@@ -79,16 +81,18 @@ def subject_of(spec: ModelSpec, data: DataSchema, state: State, *, factory: Fact
     check_model(spec, Partition(front=candidate_cuts(spec)[0]), input_shape=data.shape, classes=len(data.classes))
     module = build(spec, input_shape=data.shape, factory=factory)
     load_zone(module, state, step=_STEP)
-    return subject_from(spec, data, module, digest=model_digest(spec, state))
+    return subject_from(spec, data, module, digest=model_digest(spec, state), factory=factory)
 
 
-def subject_from(spec: ModelSpec, data: DataSchema, module: Network, *, digest: str) -> Subject:
+def subject_from(
+    spec: ModelSpec, data: DataSchema, module: Network, *, digest: str, factory: Factory = no_wheel
+) -> Subject:
     """A subject that is `module` itself, set to eval mode and frozen."""
     lay_out(module, channels_last=True)
     module.eval()
     for parameter in module.parameters():
         parameter.requires_grad_(False)  # noqa: FBT003
-    return Subject(spec, data, module, digest)
+    return Subject(spec, data, module, digest, factory)
 
 
 def candidate_cuts(spec: ModelSpec) -> tuple[int, ...]:

@@ -69,10 +69,7 @@ class Statistics:
 def shadow(
     cut: Cut, material: Material, *, budget: ShadowBudget, seed: int, on_step: OnStep = lambda _done, _total: None
 ) -> Tensor:
-    """Reconstructions (N, C, H, W) of `material.targets`, by somebody who has no output of the FrontNet for its own.
-
-    Raises ConfigError `model.no-wheel` for a FrontNet whose architecture is in a party's wheel.
-    """
+    """Reconstructions (N, C, H, W) of `material.targets`, by somebody who has no output of the FrontNet for its own."""
     total = budget.steps + budget.inverter.steps
     victim = seen(cut, material.targets)
     see = train_shadow(
@@ -120,7 +117,8 @@ def train_shadow(
 def _front(cut: Cut, seed: int) -> Network:
     """The victim's architecture, other weights."""
     subject = cut.subject
-    front = build(subject.spec, input_shape=subject.data.shape, layers=range(cut.front))
+    layers = range(cut.front)
+    front = build(subject.spec, input_shape=subject.data.shape, layers=layers, factory=subject.factory)
     initialise(front, seed.to_bytes(32, "big"))
     lay_out(front, channels_last=True)
     return front.train()  # batch normalisation measures its own records
