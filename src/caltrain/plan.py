@@ -82,7 +82,7 @@ class ExposureSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
 
     policy: Policy
     every: Annotated[int, msgspec.Meta(ge=1, le=10_000)] = 1
-    sample: Annotated[int, msgspec.Meta(ge=8, le=4096)] = 64
+    sample: Annotated[int, msgspec.Meta(ge=8, le=512)] = 64
 
 
 class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from caltrain.boundary.sealed import ReleasedPart, open_for
 from caltrain.crypto.digests import canonical_json, digest
 from caltrain.crypto.dsse import MAX_ENVELOPE_BYTES, envelope_from_json, open_envelope
-from caltrain.errors import ConfigError, EnvironmentFault, IntegrityError, from_wire
+from caltrain.errors import ConfigError, EnvironmentFault, IntegrityError
 from caltrain.exposure.party_report import PartyReport
 from caltrain.host_client import HostClient
 from caltrain.participant.files import write_whole
@@ -31,6 +31,7 @@ from caltrain.participant.join import check_named
 from caltrain.participant.receive import join_weights, run_folder
 from caltrain.participant.rejoin import same_run
 from caltrain.participant.seal import own_records
+from caltrain.participant.waiting import glance
 from caltrain.plan import ExposureSpec, Plan, possible_cuts
 from caltrain.provenance.chain import Event
 from caltrain.provenance.statements import AssessedModel, ExposureVote
@@ -92,20 +93,18 @@ def assess(
 
 
 def _called(host: HostClient, party: str, *, seconds: float) -> bool:
-    """Wait until the run waits for this party's vote; False once training is over. Raises the run's own error."""
+    """Wait until the run waits for this party's vote, through deaths of the host; False once training is over."""
     deadline = time.monotonic() + seconds
     while True:
-        status = host.status()
-        if status.error is not None:
-            raise from_wire(status.error)
-        if status.phase in _OVER:
+        status, gone = glance(host, lambda _status: None)
+        if status is not None and status.phase in _OVER:
             return False
-        if status.phase == "assess" and party in status.waiting_for:
+        if status is not None and status.phase == "assess" and party in status.waiting_for:
             return True
         if time.monotonic() > deadline:
-            raise EnvironmentFault(
+            raise gone or EnvironmentFault(
                 "host.too-slow",
-                f"the run is still in phase {status.phase!r:.60}",
+                f"the run is still in phase {status.phase if status else ''!r:.60}",
                 step="wait for an assessment",
                 fix="Ask those who are waited for, or wait longer with --timeout.",
             )

@@ -55,10 +55,8 @@ def wait_through(
 
 def _status(host: HostClient, on_status: OnStatus) -> tuple[RunStatus | None, CaltrainError | None]:
     """The run's status, or the error that may pass."""
-    try:
-        status = host.status()
-        if status.error is not None:
-            raise from_wire(status.error)
+
+    def looked(status: RunStatus) -> None:
         if status.phase in {"approvals", "provisioning"}:
             raise ProvisioningError(
                 "join.begun-anew",
@@ -66,6 +64,17 @@ def _status(host: HostClient, on_status: OnStatus) -> tuple[RunStatus | None, Ca
                 step="wait for the run",
                 fix="Ask the operator. If the parties agree to that, join the new run with --allow-second-manifest.",
             )
+        on_status(status)
+
+    return glance(host, looked)
+
+
+def glance(host: HostClient, on_status: OnStatus) -> tuple[RunStatus | None, CaltrainError | None]:
+    """The run's status, or the error that may pass. Raises any other, and those of `on_status`."""
+    try:
+        status = host.status()
+        if status.error is not None:
+            raise from_wire(status.error)
         on_status(status)
     except EnvironmentFault as error:
         if error.code not in _PASSING:

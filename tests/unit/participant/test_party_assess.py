@@ -106,10 +106,10 @@ class Waiting:
                 return {}
         raise AssertionError(path)
 
-    def assess(self, *, least: int = 0) -> Voted | None:
+    def assess(self, *, least: int = 0, seconds: float = 0) -> Voted | None:
         """Alpha votes."""
         with HostClient("http://host", transport=httpx.MockTransport(self._answer)) as client:
-            return assess(client, self.world.plan, self.alpha, judge=self.judge, least=least, seconds=0)
+            return assess(client, self.world.plan, self.alpha, judge=self.judge, least=least, seconds=seconds)
 
 
 @pytest.fixture
@@ -231,3 +231,15 @@ def test_the_runs_own_error_ends_the_wait(waiting: Waiting) -> None:
     waiting.status = RunStatus(phase="failed", error=error)
     with refused(ProtocolError, "exposure.not-assessed"):
         waiting.assess()
+
+
+def test_a_host_that_is_gone_is_waited_for(waiting: Waiting, monkeypatch: pytest.MonkeyPatch) -> None:
+    gone = EnvironmentFault("enclave.died", "x", step="train", fix="y").diagnostics()
+    here = waiting.status
+    waiting.status = RunStatus(phase="failed", error=gone)
+
+    def comes_back(_seconds: float) -> None:
+        waiting.status = here
+
+    monkeypatch.setattr("caltrain.participant.assess.time.sleep", comes_back)
+    assert waiting.assess(seconds=60) is not None
