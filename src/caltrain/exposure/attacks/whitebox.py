@@ -28,6 +28,7 @@ PRACTICE = 8
 _CALIBRATION = 128
 _AT_ONCE = 64
 _RATE = 1.0
+_RATE_FROM_START = 0.3  # larger first steps would undo the start: on the 18-layer network 0.91 against 0.83 SSIM at cut 8
 _EASED = 0.7
 _JITTER = 0.01
 _LEAST_NOISE = 0.01
@@ -188,11 +189,12 @@ class Attack:
         """
         centre = self.basis.mean if self.start is None else self.start(live)
         distance, variation = (torch.tensor([getattr(p, name) for p in priors]) for name in ("distance", "variation"))
+        rate = _RATE if self.start is None else _RATE_FROM_START
         z = self.jitter.repeat(len(priors), 1, 1, 1).requires_grad_()
-        optimiser = torch.optim.Adam([z], lr=_RATE)
+        optimiser = torch.optim.Adam([z], lr=rate)
         for step in range(steps):
             at = step / steps
-            optimiser.param_groups[0]["lr"] = _RATE * (1 + math.cos(math.pi * at)) / 2
+            optimiser.param_groups[0]["lr"] = rate * (1 + math.cos(math.pi * at)) / 2
             held = distance * 10 ** max(0.0, 1 - at / _EASED)
             pictures = centre + self.basis.offset(z)
             outside = (pictures - pictures.clamp(0, 1)).square().flatten(1).mean(1)
