@@ -77,7 +77,7 @@ def exposure(
     attacks: Annotated[str, typer.Option(help="of kl, whitebox, inverter, shadow, labels")] = "kl",
     cuts: Annotated[list[int], typer.Option(min=1, help="layers in front; repeat; default every cut")] = [],  # noqa: B006
     inputs: Annotated[int, typer.Option(min=8, help="inputs of KL")] = 256,
-    maps: Annotated[int, typer.Option(min=0, help="maps that KL shows of each tensor; 0 is all")] = 0,
+    maps: Annotated[int, typer.Option(min=0, help="maps that KL shows of each tensor; 0 is all")] = 64,
     targets: Annotated[int, typer.Option(min=8, help="pictures that are attacked")] = 32,
     budget: Annotated[BudgetName, typer.Option(help="how much the attacks may compute")] = "quick",
     threads: Annotated[int, typer.Option(min=1, help="threads that compute")] = 2,
