@@ -16,6 +16,11 @@ from pathlib import Path
 import caltrain
 from caltrain.errors import EnvironmentFault
 
+# Of this room the measures and policies alone: attacks never run inside.
+_OF_EXPOSURE = (
+    *("__init__", "choice", "correlation", "figures", "inside", "kl", "maps"),
+    *("material", "policy", "shown", "statistics", "subject", "validator"),
+)
 INSIDE = (
     "__init__.py",
     "errors.py",
@@ -29,6 +34,7 @@ INSIDE = (
     "provenance",
     "boundary",
     "enclave",
+    *(f"exposure/{name}.py" for name in _OF_EXPOSURE),
 )
 OPTIONAL = ("pyseccomp",)
 DEPENDENCIES = ("cryptography", "msgspec", "numpy", "rfc8785", "safetensors", "torch")

@@ -42,6 +42,8 @@ REQUESTS: list[m.Message] = [
     m.Countersign("alpha", ENVELOPE),
     m.Ingest((SHARD,)),
     m.Train(3, 4),
+    m.Assess(),
+    m.Vote("alpha", ENVELOPE),
     m.MoveCut(2, {"alpha": ENVELOPE}),
     m.Resume(b"{}", "checkpoint-1"),
     m.Rejoin("alpha", ENVELOPE),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 from typing import Any, cast, get_args
 
+import msgspec
 import pytest
 
 from caltrain.attestation.simulated import SimulatedAttester
@@ -17,6 +18,8 @@ from caltrain.enclave import session
 from caltrain.enclave.run import Run, State, present
 from caltrain.enclave.session import TABLE, enclave_main, handle
 from caltrain.errors import EnvironmentFault, ProtocolError
+from caltrain.exposure.policy import Bound, Policy
+from caltrain.plan import ExposureSpec, Plan
 from caltrain.provenance import chain
 from support.wire import memory_socketpair
 from support.world import MEASUREMENT, PARTIES, World, pictures
@@ -31,6 +34,8 @@ SAMPLES: dict[type, m.Request] = {
     m.Countersign: m.Countersign("alpha", ENVELOPE),
     m.Ingest: m.Ingest(()),
     m.Train: m.Train(0),
+    m.Assess: m.Assess(),
+    m.Vote: m.Vote("alpha", ENVELOPE),
     m.MoveCut: m.MoveCut(3),
     m.Resume: m.Resume(b"{}", "checkpoint-0"),
     m.Rejoin: m.Rejoin("alpha", ENVELOPE),
@@ -51,6 +56,8 @@ ACCEPTED: dict[tuple[State, type], set[State]] = {
     (State.AGREEING, m.Countersign): {State.AGREEING, State.AGREED},
     (State.AGREED, m.Ingest): {State.READY},
     (State.READY, m.Train): {State.READY, State.TRAINED},
+    (State.READY, m.Assess): {State.READY, State.ASSESSING},
+    (State.ASSESSING, m.Vote): {State.ASSESSING, State.READY},
     (State.READY, m.MoveCut): {State.READY},
     (State.TRAINED, m.Release): {State.RELEASED},
     (State.RELEASED, m.Link): {State.LINKED},
@@ -58,6 +65,12 @@ ACCEPTED: dict[tuple[State, type], set[State]] = {
     (State.LINKED, m.Query): {State.LINKED},
     (State.LINKED, m.RecordDisclosure): {State.LINKED},
 }
+
+
+def judged(plan: Plan) -> Plan:
+    """A plan whose parties vote on the cut."""
+    spec = ExposureSpec(policy=Policy(bounds=(Bound(measure="ssim", at_most=0.3),)), sample=8)
+    return msgspec.structs.replace(plan, exposure=spec)
 
 
 def world_in(state: State) -> World:
@@ -69,6 +82,10 @@ def world_in(state: State) -> World:
         world = World(epochs=1).run_to(State.READY)
         world.restart()
         world.done(world.resume())
+        return world
+    if state is State.ASSESSING:
+        world = World(epochs=1, change=judged).run_to(State.READY)
+        world.done(m.Assess())
         return world
     return World(epochs=1).run_to(state)
 
