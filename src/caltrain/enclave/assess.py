@@ -69,7 +69,8 @@ def assess(run: Run, _message: Assess) -> tuple[Done, State]:
 
 def _due_now(plan: Plan, run: Run) -> ExposureSpec:
     course, spec = present(run.course), plan.exposure
-    if spec is None or course.step or (run.assessment is not None and run.assessment.epoch == course.epoch):
+    again = run.assessment is not None and run.assessment.epoch == course.epoch
+    if spec is None or course.step or course.epoch % spec.every or again:
         raise ProtocolError(
             "assess.not-now",
             f"there is nothing to assess in epoch {course.epoch}.{course.step}",

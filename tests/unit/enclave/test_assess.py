@@ -159,6 +159,26 @@ def test_a_model_is_judged_once_and_only_between_epochs() -> None:
     world.refused(m.Assess(), "assess.not-now")
 
 
+def test_a_model_is_not_judged_in_the_middle_of_an_epoch() -> None:
+    def change(plan: Plan) -> Plan:
+        spec = ExposureSpec(policy=Policy(bounds=(LOOSE,)), sample=8)
+        return msgspec.structs.replace(planned(model=DEEP, steps=1)(plan), exposure=spec)
+
+    world = World(change=change).run_to(State.READY)
+    world.train()
+    assert (world.course.epoch, world.course.step) == (0, 1)
+    world.run.assessment = None
+    world.refused(m.Assess(), "assess.not-now")
+
+
+def test_a_model_is_not_judged_more_often_than_the_plan_says() -> None:
+    """Each judgement gives the FrontNet to every party, and so to a host that one of them is in league with."""
+    world = judged(ATTACK, every=2)
+    world.train()
+    world.refused(m.Assess(), "assess.not-now")
+    assert set(world.semi_trained) == {"alpha", "beta", "gamma"}
+
+
 def test_a_run_without_a_policy_has_nothing_to_judge() -> None:
     World(change=planned(model=DEEP)).run_to(State.READY).refused(m.Assess(), "assess.not-now")
 
