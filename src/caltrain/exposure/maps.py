@@ -28,7 +28,8 @@ def maps_of(live: Live, size: Size, wanted: Tensor | None = None) -> Tensor:
         count = planes.shape[1]
         if wanted is not None:
             planes = planes[:, wanted[(wanted >= at) & (wanted < at + count)].sort().values - at]
-        grey.append(_grey(planes, size))
+        if planes.shape[1]:  # none may be wanted of a tensor that crosses beside others
+            grey.append(_grey(planes, size))
         at += count
     return torch.cat(grey, dim=1)
 

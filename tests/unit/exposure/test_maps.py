@@ -59,3 +59,11 @@ def test_what_differs_nowhere_is_refused(shape: tuple[int, ...]) -> None:
         varied = constant.clone()
         varied[(input_, *([place] * (len(shape) - 1)))] += 1
         check_varies((constant, varied), 1)
+
+
+def test_maps_of_one_tensor_alone_can_be_wanted() -> None:
+    first, second = torch.rand(3, 2, 4, 4), torch.rand(3, 5, 4, 4)
+    every = maps_of((first, second), (8, 8))
+    for number in (1, 4):
+        found = maps_of((first, second), (8, 8), torch.tensor([number]))
+        assert torch.equal(found, every[:, number : number + 1])
