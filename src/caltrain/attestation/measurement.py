@@ -19,7 +19,7 @@ from caltrain.errors import EnvironmentFault
 # Of this room the measures and policies alone: attacks never run inside.
 _OF_EXPOSURE = (
     *("__init__", "choice", "correlation", "figures", "inside", "kl", "maps"),
-    *("material", "policy", "shown", "statistics", "subject", "validator"),
+    *("material", "policy", "precision", "shown", "statistics", "subject", "validator"),
 )
 INSIDE = (
     "__init__.py",

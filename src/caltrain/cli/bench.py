@@ -11,8 +11,8 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from caltrain.bench.training import TrainingReport, bench_preset, cuts_of, run
-from caltrain.cli.judging import BudgetName
 from caltrain.cli.output import Format, FormatOption, choose, console, emit
+from caltrain.exposure.figures import BudgetName
 from caltrain.presets import Preset, StartName
 from caltrain.reports.plot import line_plot
 

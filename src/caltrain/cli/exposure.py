@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import msgspec
 import typer
@@ -13,6 +13,7 @@ from caltrain.cli.output import Format, FormatOption, choose, console, emit, say
 from caltrain.crypto.dsse import MAX_ENVELOPE_BYTES, Envelope
 from caltrain.errors import UNDECODABLE, ConfigError, IntegrityError
 from caltrain.exposure.defence_spec import parse_defence
+from caltrain.exposure.figures import BudgetName
 from caltrain.exposure.policy import Policy, check_policy, parse_policy
 from caltrain.files import read_bounded
 from caltrain.models.spec import MAX_WHEEL_BYTES
@@ -20,7 +21,6 @@ from caltrain.participant.identity import load_identity
 from caltrain.plan import MAX_PLAN_BYTES, parse_toml
 
 app = typer.Typer(help="Measure what each cut of a model gives away, and choose the cut by it.", no_args_is_help=True)
-BudgetName = Literal["quick", "standard", "thorough"]
 ModelArgument = Annotated[Path, typer.Argument(help="a joined run, a folder with model.json, or a Darknet .cfg")]
 WeightsOption = Annotated[Path | None, typer.Option(help="of a .cfg: .weights or .safetensors")]
 WheelOption = Annotated[Path | None, typer.Option(help="the wheel of stages that the model names")]

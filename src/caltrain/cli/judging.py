@@ -5,16 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal
 
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from caltrain.cli.output import console
+from caltrain.exposure.figures import BudgetName
 from caltrain.exposure.party_report import PartyReport
 from caltrain.participant.assess import Judge, Records
 from caltrain.plan import ExposureSpec, Plan
-
-BudgetName = Literal["quick", "standard", "thorough"]
 
 
 @contextmanager

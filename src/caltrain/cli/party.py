@@ -9,9 +9,10 @@ from typing import Annotated
 import typer
 
 from caltrain.cli.files import read_plan, read_policy, write_json
-from caltrain.cli.judging import BudgetName, judging
+from caltrain.cli.judging import judging
 from caltrain.cli.output import Format, FormatOption, choose, emit, say, say_simulated
 from caltrain.errors import LineageError
+from caltrain.exposure.figures import BudgetName
 from caltrain.files import read_bounded
 from caltrain.host_client import HostClient
 from caltrain.models.spec import MAX_WHEEL_BYTES

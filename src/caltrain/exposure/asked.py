@@ -8,8 +8,7 @@ from caltrain.errors import ConfigError
 from caltrain.exposure.attacks.labels import check_enough
 from caltrain.exposure.choice import choose
 from caltrain.exposure.defence_spec import DefenceSpec
-from caltrain.exposure.figures import Estimate
-from caltrain.exposure.lineup import BudgetName
+from caltrain.exposure.figures import BudgetName, Estimate
 from caltrain.exposure.material import Material
 from caltrain.exposure.policy import ADVERSARIES, Policy
 from caltrain.exposure.report import MEASURES

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from caltrain.exposure.asked import Asked, check_asked
-from caltrain.exposure.attacks.inverter import fast
 from caltrain.exposure.attacks.labels import assess_labels
 from caltrain.exposure.choice import Choice, choose
 from caltrain.exposure.correlation import channel_correlation, distance_correlation
@@ -26,6 +25,7 @@ from caltrain.exposure.material import Material
 from caltrain.exposure.measures import floors, score
 from caltrain.exposure.perceptual import distance_by
 from caltrain.exposure.policy import ADVERSARIES, Adversary, weaker_adversary
+from caltrain.exposure.precision import fast
 from caltrain.exposure.report import CutReport, DefenceReport, ExposureReport, Judge, Settings
 from caltrain.exposure.shown import unflattened
 from caltrain.exposure.speed import images_per_second

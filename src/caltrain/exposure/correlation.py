@@ -14,7 +14,7 @@ from torch import Tensor
 
 from caltrain.errors import DataError, IntegrityError
 from caltrain.exposure.figures import Estimate
-from caltrain.exposure.subject import Live, stacked
+from caltrain.exposure.subject import Live, check_finite, stacked
 
 LEAST_SAMPLE = 5
 _AT_ONCE = 1 << 22
@@ -125,14 +125,3 @@ def _varies(tensor: Tensor) -> bool:
     if channels.shape[1] == 1:
         channels = channels.T
     return bool((channels.amax(1) - channels.amin(1) > _SAME * channels.abs().amax(1)).any())
-
-
-def check_finite(tensor: Tensor, what: str) -> None:
-    """Raise IntegrityError `exposure.not-finite`, saying `what` is not."""
-    if not bool(torch.isfinite(tensor).all()):
-        raise IntegrityError(
-            "exposure.not-finite",
-            f"{what} is not finite",
-            step=_STEP,
-            fix="Assess a model whose weights are of a finished training.",
-        )

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import msgspec
 
+BudgetName = Literal["quick", "standard", "thorough"]
+"""How much attacks may compute."""
 Count = Annotated[int, msgspec.Meta(ge=0, le=1 << 40)]
 
 

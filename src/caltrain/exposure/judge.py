@@ -12,8 +12,8 @@ from torch import Tensor
 
 from caltrain.exposure.attacks.labels import assess_labels
 from caltrain.exposure.choice import Choice, choose
-from caltrain.exposure.figures import Estimate
-from caltrain.exposure.lineup import BudgetName, Lineup
+from caltrain.exposure.figures import BudgetName, Estimate
+from caltrain.exposure.lineup import Lineup
 from caltrain.exposure.material import Material, gather
 from caltrain.exposure.measures import score
 from caltrain.exposure.party_report import PartyReport

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -12,12 +11,11 @@ from torch import Tensor
 from caltrain.exposure.attacks import inverter, shadow, whitebox
 from caltrain.exposure.attacks.inverter import Inverter, seen, train_inverter
 from caltrain.exposure.attacks.priors import Basis, basis_of
+from caltrain.exposure.figures import BudgetName
 from caltrain.exposure.material import Material
 from caltrain.exposure.policy import Adversary
 from caltrain.exposure.subject import Cut, stacked
 
-BudgetName = Literal["quick", "standard", "thorough"]
-BUDGETS: tuple[BudgetName, ...] = get_args(BudgetName)
 OnStep = Callable[[int, int], None]
 
 

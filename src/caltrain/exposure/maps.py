@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from caltrain.errors import IntegrityError
 from caltrain.exposure.subject import Live, stacked
 
 Size = tuple[int, int]
@@ -37,23 +36,6 @@ def maps_of(live: Live, size: Size, wanted: Tensor | None = None) -> Tensor:
 def map_count(live: Live) -> int:
     """How many maps `maps_of` gives."""
     return sum(_planes(tensor[:1]).shape[1] for tensor in live)
-
-
-def check_varies(live: Live, front: int) -> None:
-    """Raise IntegrityError `exposure.constant-ir` where no channel of an IR differs between inputs or places.
-
-    To be asked of at least two inputs.
-    """
-    for tensor in live:
-        planes = stacked((tensor,))
-        if not torch.equal(planes, planes[:1, :, :1, :1].expand_as(planes)):
-            return
-    raise IntegrityError(
-        "exposure.constant-ir",
-        f"what crosses at cut {front} is the same at every place of all {len(live[0])} inputs",
-        step="project maps",
-        fix="Assess a model whose weights are of a finished training: this one lets nothing through.",
-    )
 
 
 def _planes(tensor: Tensor) -> Tensor:

@@ -7,11 +7,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from caltrain.errors import DataError
-from caltrain.exposure.correlation import check_finite
 from caltrain.exposure.figures import Scores
 from caltrain.exposure.material import Material
 from caltrain.exposure.perceptual import Distance
 from caltrain.exposure.statistics import mean_estimate, rate_estimate
+from caltrain.exposure.subject import check_finite
 
 MOST_PSNR = 100.0
 _WINDOW, _SIGMA = 11, 1.5

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from caltrain.exposure.maps import check_varies, map_count, maps_of
+from caltrain.exposure.correlation import check_ir
+from caltrain.exposure.maps import map_count, maps_of
 from caltrain.exposure.subject import Defence, Live, Subject, check_finite
 from caltrain.exposure.validator import Validator
 from caltrain.models.layers import Dropout, Flatten, sources_of
@@ -79,7 +80,7 @@ class Look:
         """Maps of each tensor that crosses anywhere. Refuses an IR that is constant over these pictures."""
         tensors, parts = self._crossing(pictures)
         for front in self.cuts:
-            check_varies(tuple(tensors[part] for part in parts[front]), front)
+            check_ir(tuple(tensors[part] for part in parts[front]))
         return [map_count((tensor,)) for tensor in tensors]
 
     def __call__(self, pictures: Tensor, chosen: list[Tensor] | None, progress: Progress) -> Seen:
@@ -103,7 +104,8 @@ class Look:
         for front in self.cuts:
             live = zone_of(self.subject.module, self.subject.spec, range(before, front)).through(live)[0]
             crossing, before = self.defence(live), front
-            check_finite(crossing, front)
+            for tensor in crossing:
+                check_finite(tensor, f"what crosses at cut {front}")
             crossing = unflattened(self.subject, front, crossing)
             # The same object crosses again behind a layer that only passes it on, and where a later layer reads it.
             for tensor in crossing:

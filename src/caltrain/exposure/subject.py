@@ -147,7 +147,8 @@ class Cut:
         Raises IntegrityError `exposure.not-finite`.
         """
         live = self.defence(self._front.through((self.subject.inputs(pictures),))[0])
-        check_finite(live, self.front)
+        for tensor in live:
+            check_finite(tensor, f"what crosses at cut {self.front}")
         return live
 
     def stacked(self, pictures: Tensor) -> Tensor:
@@ -160,12 +161,12 @@ class Cut:
         return logits
 
 
-def check_finite(live: Live, front: int) -> None:
-    """Raise IntegrityError `exposure.not-finite` for an IR that has infinities or no numbers."""
-    if not all(bool(torch.isfinite(tensor).all()) for tensor in live):
+def check_finite(tensor: Tensor, what: str) -> None:
+    """Raise IntegrityError `exposure.not-finite`, saying `what` is not."""
+    if not bool(torch.isfinite(tensor).all()):
         raise IntegrityError(
             "exposure.not-finite",
-            f"what crosses at cut {front} is not finite",
+            f"{what} is not finite",
             step=_STEP,
             fix="Assess a model whose weights are of a finished training.",
         )

@@ -9,6 +9,7 @@ from torch import Tensor
 from caltrain.errors import ConfigError
 from caltrain.exposure.figures import Estimate
 from caltrain.exposure.maps import Size
+from caltrain.exposure.precision import fast
 from caltrain.exposure.statistics import rate_estimate
 from caltrain.exposure.subject import Subject
 
@@ -43,7 +44,7 @@ class Validator:
         """
         height, width = self.size
         batch = max(1, min(_BATCH, _PIXELS // (height * width)))
-        with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=_has_bfloat16()):
+        with torch.inference_mode(), fast():
             logits = [self.subject.logits(self._adapted(part)).float() for part in torch.split(pictures, batch)]
         return F.log_softmax(torch.cat(logits), dim=1).clamp(min=_LEAST_LOG)
 
@@ -102,8 +103,3 @@ def _misfit(what: str) -> ConfigError:
         step=_STEP,
         fix="Give a validator for the classes of the assessed model, and for grey pictures or its number of channels.",
     )
-
-
-def _has_bfloat16() -> bool:
-    """Whether convolutions run faster in bfloat16 here, as its own instructions make them."""
-    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -13,7 +13,8 @@ from caltrain.exposure import lineup as module
 from caltrain.exposure.attacks import inverter, shadow
 from caltrain.exposure.attacks import whitebox as whitebox_module
 from caltrain.exposure.attacks.whitebox import PRACTICE
-from caltrain.exposure.lineup import BUDGETS, Lineup
+from caltrain.exposure.figures import BudgetName
+from caltrain.exposure.lineup import Lineup
 from caltrain.exposure.material import Material
 from caltrain.exposure.policy import ADVERSARIES, Adversary
 from caltrain.exposure.subject import Cut
@@ -93,4 +94,4 @@ def test_the_white_box_begins_with_the_inverters_pictures(
 
 def test_every_budget_is_one_of_each_adversary() -> None:
     for attack in (inverter, shadow, whitebox_module):
-        assert set(attack.BUDGETS) == set(BUDGETS)
+        assert set(attack.BUDGETS) == set(get_args(BudgetName))

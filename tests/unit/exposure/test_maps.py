@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from caltrain.errors import IntegrityError
-from caltrain.exposure.maps import check_varies, map_count, maps_of
+from caltrain.exposure.correlation import check_ir
+from caltrain.exposure.maps import map_count, maps_of
 from support.samples import refused
 
 
@@ -54,11 +55,11 @@ def test_what_differs_nowhere_is_refused(shape: tuple[int, ...]) -> None:
     channels = torch.arange(shape[-1] if len(shape) != 4 else shape[1]).float()
     constant = channels[:, None, None].expand(shape) if len(shape) == 4 else channels.expand(shape)
     with refused(IntegrityError, "exposure.constant-ir"):
-        check_varies((constant, torch.zeros(4, 2)), 1)
+        check_ir((constant, torch.zeros(4, 2)))
     for input_, place in ((2, 0), (0, -1)):
         varied = constant.clone()
         varied[(input_, *([place] * (len(shape) - 1)))] += 1
-        check_varies((constant, varied), 1)
+        check_ir((constant, varied))
 
 
 def test_maps_of_one_tensor_alone_can_be_wanted() -> None:

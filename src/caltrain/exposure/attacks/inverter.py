@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from caltrain.exposure.attacks.decoder import OURS, Design, draw
 from caltrain.exposure.material import Material
+from caltrain.exposure.precision import fast
 from caltrain.exposure.subject import Cut
 from caltrain.models.network import lay_out
 
@@ -131,9 +132,3 @@ def some(own: Tensor, batch: int, generator: torch.Generator) -> Tensor:
     drawn = own[torch.randint(len(own), (batch,), generator=generator)]
     mirrored = torch.rand((batch, 1, 1, 1), generator=generator) < 0.5
     return torch.where(mirrored, drawn.flip(3), drawn)
-
-
-def fast() -> torch.autocast:
-    """Mixed precision where the processor has units for it. Weights change between steps, so none are cached."""
-    units = bool(torch.cpu.get_capabilities().get("amx_bf16"))
-    return torch.autocast("cpu", dtype=torch.bfloat16, enabled=units, cache_enabled=False)

@@ -17,8 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from caltrain.exposure.attacks.inverter import BUDGETS as INVERTER_BUDGETS
-from caltrain.exposure.attacks.inverter import InverterBudget, Moments, OnStep, fast, seen, train_inverter
+from caltrain.exposure.attacks.inverter import InverterBudget, Moments, OnStep, seen, train_inverter
 from caltrain.exposure.material import Material
+from caltrain.exposure.precision import fast
 from caltrain.exposure.subject import Cut, stacked
 from caltrain.models.network import Network, build, lay_out
 from caltrain.training.seeds import initialise

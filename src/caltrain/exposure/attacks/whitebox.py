@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from caltrain.errors import DataError
-from caltrain.exposure.attacks.inverter import fast
 from caltrain.exposure.attacks.priors import Basis, basis_of, roughness
 from caltrain.exposure.correlation import check_ir
 from caltrain.exposure.measures import ssim
+from caltrain.exposure.precision import fast
 from caltrain.exposure.subject import Cut, Live
 
 OnStep = Callable[[int, int], None]
