@@ -7,8 +7,8 @@ import msgspec
 from caltrain.crypto.digests import same
 from caltrain.crypto.dsse import Envelope, SigningKey, open_envelope
 from caltrain.errors import UNDECODABLE, IntegrityError
-from caltrain.exposure.choice import choose
-from caltrain.exposure.policy import check_policy
+from caltrain.exposure.choice import Choice, choose
+from caltrain.exposure.policy import check_policy, weaker_adversary
 from caltrain.exposure.report import ExposureReport, ExposureStatement
 
 KIND = "exposure"
@@ -38,9 +38,9 @@ def sign_report(report: ExposureReport, signer: SigningKey) -> Envelope:
 def verify_report(envelope: Envelope, report: bytes, *, model: str, key: str) -> Verified:
     """Check that `key` signed for this JSON report of the model with the digest `model`.
 
-    The cut is chosen anew from the report's figures. That these were measured as it says, the signer vouches for.
-    Raises IntegrityError `signature.invalid`, `payload.malformed`, `exposure.other-report`, `exposure.other-model`,
-    `exposure.other-choice`.
+    The cut is chosen anew from the report's figures, and what the policy assumes is worked out anew. That the figures
+    were measured as it says, the signer vouches for. Raises IntegrityError `signature.invalid`, `payload.malformed`,
+    `exposure.other-report`, `exposure.other-model`, `exposure.other-choice`, and as `check_policy` and `choose` do.
     """
     statement = open_envelope(envelope, KIND, key, ExposureStatement, step=_STEP)
     found = _decoded(report)
@@ -53,23 +53,28 @@ def verify_report(envelope: Envelope, report: bytes, *, model: str, key: str) ->
             step=_STEP,
             fix="Verify with the model that was assessed, or have this one assessed.",
         )
-    front = _chosen(found)
-    if front != statement.front or found.policy != statement.policy:
+    choice, assumptions = _concluded(found)
+    front = choice.front if choice else None
+    said = statement.policy, statement.front, found.choice, found.assumptions
+    if said != (found.policy, front, choice, assumptions):
         raise IntegrityError(
             "exposure.other-choice",
-            f"the statement chooses cut {statement.front}, the report's figures and policy give {front}",
+            f"figures and policy of the report give cut {front}; the statement (cut {statement.front}), or the choice "
+            "or the assumptions that the report states, are others",
             step=_STEP,
             fix="Ask the signer for another assessment: this one does not follow from its figures.",
         )
     return Verified(signer=key, report=found, front=front)
 
 
-def _chosen(report: ExposureReport) -> int | None:
+def _concluded(report: ExposureReport) -> tuple[Choice | None, tuple[str, ...]]:
+    """What follows from figures and policy: the choice, and what it takes for granted."""
     if report.policy is None:
-        return None
+        return None, ()
+    policy = check_policy(report.policy)
     figures = {front: cut.figures() for front, cut in report.cuts.items()}
     costs = {front: cut.price for front, cut in report.cuts.items()}
-    return choose(check_policy(report.policy), figures, costs=costs).front
+    return choose(policy, figures, costs=costs), weaker_adversary(policy)
 
 
 def _decoded(raw: bytes) -> ExposureReport:

@@ -7,7 +7,7 @@ import pytest
 
 from caltrain.errors import ConfigError, IntegrityError
 from caltrain.exposure.choice import choose
-from caltrain.exposure.policy import Bound, Policy, parse_policy
+from caltrain.exposure.policy import Bound, Policy, parse_policy, weaker_adversary
 from caltrain.exposure.report import ExposureReport, ExposureStatement
 from caltrain.exposure.statement import KIND, Verified, sign_report, verify_report
 from support.exposure_report import MODEL, exposure_report
@@ -68,6 +68,13 @@ def test_another_key_is_refused() -> None:
         verify(chosen(), key=signer("somebody").public)
 
 
+def test_a_statement_about_another_model_with_the_report_of_this_one_is_refused() -> None:
+    report = chosen()
+    other = ExposureStatement(model="sha256:" + "9" * 64, report=report.digest(), policy=POLICY, front=3)
+    with refused(IntegrityError, "exposure.other-model"):
+        verify_report(AUDITOR.sign(KIND, other), msgspec.json.encode(report), model=MODEL, key=AUDITOR.public)
+
+
 @pytest.mark.parametrize("change", [{"front": 1}, {"front": None}, {"policy": None}])
 def test_a_cut_that_does_not_follow_from_the_figures_is_refused(change: dict[str, object]) -> None:
     report = chosen()
@@ -81,8 +88,22 @@ def test_a_choice_that_the_report_claims_is_not_believed() -> None:
     choice = chosen().choice
     assert choice is not None
     lied = msgspec.structs.replace(chosen(), choice=msgspec.structs.replace(choice, front=1))
+    true = ExposureStatement(model=MODEL, report=lied.digest(), policy=POLICY, front=3)
     with refused(IntegrityError, "exposure.other-choice"):
         verify(lied)
+    with refused(IntegrityError, "exposure.other-choice"):  # nor beside a statement of the cut that does follow
+        verify_report(AUDITOR.sign(KIND, true), msgspec.json.encode(lied), model=MODEL, key=AUDITOR.public)
+
+
+@pytest.mark.parametrize("claimed", [("that all is well",), ()])
+def test_assumptions_are_those_of_the_policy(claimed: tuple[str, ...]) -> None:
+    weak = parse_policy("inverter.ssim<=0.6")
+    report = chosen()
+    figures = {front: cut.figures() for front, cut in report.cuts.items()}
+    report = msgspec.structs.replace(report, policy=weak, choice=choose(weak, figures, costs={1: 0.5, 3: 0.5}))
+    assert verify(msgspec.structs.replace(report, assumptions=weaker_adversary(weak))).front == 3
+    with refused(IntegrityError, "exposure.other-choice"):
+        verify(msgspec.structs.replace(report, assumptions=claimed))
 
 
 def test_a_signed_policy_that_is_none_is_refused() -> None:
