@@ -26,6 +26,8 @@ from caltrain.errors import ConfigError
 
 MAX_BOUNDS = 16
 MAX_TEXT = 2000
+LEAST_RATE = 1e-6
+"""Least rate that a policy may ask for with confidence: some four million records show it."""
 Adversary = Literal["whitebox", "inverter", "shadow"]
 """Strongest first: knows the FrontNet; has pictures with their IRs; has IRs, the architecture and like pictures."""
 ADVERSARIES: tuple[Adversary, ...] = get_args(Adversary)
@@ -123,7 +125,7 @@ def check_policy(policy: Policy) -> Policy:
     """Check what types cannot; returns the policy.
 
     Raises ConfigError `policy.unknown-measure`, `policy.contradiction` (limits on the wrong side, out of range, on both
-    sides or none; two bounds on one figure; an adversary where nobody attacks; a rate of 0 with confidence).
+    sides or none; two bounds on one figure; an adversary where nobody attacks; a rate that no data set could show).
     """
     for bound in policy.bounds:
         if bound.measure not in MEASURES:
@@ -151,9 +153,9 @@ def _wrong(bound: Bound, policy: Policy) -> dict[str, bool]:
         # Written so that a limit that is not a number is refused.
         f"{name} lies in {measure.least:g}..{measure.most:g}": not measure.least <= bound.limit <= measure.most,
         f"{name} is measured without an adversary": measure.run != "attack" and bound.adversary != ADVERSARIES[0],
-        "no number of records shows a rate of 0 with confidence": policy.use == "bound"
+        f"no data set shows a rate under {LEAST_RATE:f} with confidence": policy.use == "bound"
         and name == "reidentification"
-        and bound.limit == 0,
+        and bound.limit < LEAST_RATE,
     }
 
 

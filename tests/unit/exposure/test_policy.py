@@ -11,6 +11,7 @@ from caltrain.crypto.digests import canonical_json
 from caltrain.errors import ConfigError
 from caltrain.exposure.policy import (
     ADVERSARIES,
+    LEAST_RATE,
     MEASURES,
     Adversary,
     Bound,
@@ -22,6 +23,7 @@ from caltrain.exposure.policy import (
     parse_policy,
     weaker_adversary,
 )
+from caltrain.exposure.statistics import records_to_show
 from caltrain.plan import parse_toml
 
 TOML = """
@@ -68,7 +70,7 @@ def bounds(draw: st.DrawFn) -> Bound:
     name = draw(st.sampled_from(sorted(MEASURES)))
     measure = MEASURES[name]
     limit = round(draw(st.floats(measure.least, measure.most)), 6)
-    limit = limit or 0.5
+    limit = limit or 0.5  # a rate of 0 would be refused
     adversary: Adversary = draw(st.sampled_from(ADVERSARIES)) if measure.run == "attack" else "whitebox"
     if measure.side == "at_most":
         return Bound(measure=name, at_most=limit, adversary=adversary)
@@ -127,7 +129,8 @@ def test_a_line_that_cannot_be_read(text: str) -> None:
         ("kl>=101", "0..100"),
         ("inverter.kl>=1", "without an adversary"),
         ("shadow.label_purity<=0.5", "without an adversary"),
-        ("reidentification<=0", "a rate of 0"),
+        ("reidentification<=0", "a rate under 0.000001"),
+        ("reidentification<=0.000000999", "a rate under 0.000001"),
     ],
 )
 def test_a_policy_that_makes_no_sense(text: str, why: str) -> None:
@@ -149,6 +152,14 @@ def test_one_finite_limit_is_needed(bound: Bound) -> None:
     with pytest.raises(ConfigError) as error:
         check_policy(Policy(bounds=(bound,)))
     assert error.value.code == "policy.contradiction"
+
+
+@pytest.mark.parametrize("rate", [5e-324, 1e-160, 1e-7])
+def test_a_rate_whose_records_cannot_be_counted_is_refused_before_anybody_counts(rate: float) -> None:
+    with pytest.raises(ConfigError) as error:
+        check_policy(Policy(bounds=(Bound(measure="reidentification", at_most=rate),)))
+    assert error.value.code == "policy.contradiction"
+    assert records_to_show(LEAST_RATE) < 4_000_000
 
 
 def test_a_rate_of_0_may_be_asked_of_the_mean() -> None:
