@@ -143,7 +143,7 @@ def _advice(misses: Mapping[int, tuple[Miss, ...]], worst: int) -> tuple[str, ..
             f"cut {clean[-1]} meets the policy, but deeper ones do not, so one of them was measured badly: assess more "
             "records, with stronger attacks; or set all_deeper = false"
         )
-    unsure = [miss for miss in misses[worst] if not miss.by_mean and math.isfinite(miss.by)]
+    unsure = [miss for miss in misses[worst] if not miss.by_mean and math.isfinite(miss.reached - miss.mean)]
     advice += [f"at cut {worst} the mean meets {m.key}: assess about {_records_for(m)} records" for m in unsure]
     keys = {miss.key for miss in misses[worst] if miss not in unsure}
     if keys - {"label_purity"}:
@@ -159,5 +159,5 @@ def _advice(misses: Mapping[int, tuple[Miss, ...]], worst: int) -> tuple[str, ..
 
 def _records_for(miss: Miss) -> int:
     """How many records narrow the interval to the limit if the mean stays: it narrows with the root of their number."""
-    wide = abs(miss.reached - miss.mean)
-    return math.ceil(miss.n * (wide / max(abs(miss.limit - miss.mean), 1e-3 * wide)) ** 2)
+    wide, left = abs(miss.reached - miss.mean), abs(miss.limit - miss.mean)
+    return math.ceil(miss.n * min(wide / left if left else math.inf, 1000) ** 2)

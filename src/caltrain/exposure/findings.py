@@ -53,7 +53,7 @@ def broken(
     """Cuts that the papers' rule calls safe, each with the attacks that re-identify or resemble beyond the floors."""
     found = {}
     for front, cut in cuts.items():
-        if cut.kl is None or cut.kl.ratio.value < tolerance:
+        if cut.kl is None or not cut.kl.ratio.value >= tolerance:
             continue
         names = tuple(
             name for name, scores in cut.attacks.items() if {"ssim", "reidentification"} & {*beats(scores, floors)}

@@ -72,7 +72,7 @@ def papers_cut(figures: Mapping[int, KlFigures], *, tolerance: float = 1.0) -> i
     """The papers' rule: the first cut from which on every ratio is at least `tolerance`. None where the last is not."""
     best = None
     for front in sorted(figures, reverse=True):
-        if figures[front].ratio.value < tolerance:
+        if not figures[front].ratio.value >= tolerance:  # nor where either is not a number
             break
         best = front
     return best

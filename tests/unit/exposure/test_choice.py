@@ -137,6 +137,19 @@ def test_advice_when_only_the_interval_misses() -> None:
     assert not any("noise" in line for line in found.advice)
 
 
+@pytest.mark.parametrize(
+    ("mean", "high", "records"),
+    [(0.3, 0.4, 100_000_000), (0.0, 5e-324, 100_000_000), (-1e308, 1e308, None)],
+    ids=["mean at the limit", "least number there is", "wider than a number can be"],
+)
+def test_advice_on_intervals_at_the_edge_of_what_numbers_can_say(mean: float, high: float, records: int | None) -> None:
+    policy = Policy(bounds=(Bound(measure="ssim", at_most=max(mean, 0.0)),))
+    found = choose(policy, {1: {SSIM: Estimate(mean, mean, high, 100)}}, costs=COSTS)
+    assert found.front is None
+    assert any("assess about" in line for line in found.advice) == (records is not None)
+    assert records is None or f"about {records} records" in found.advice[0]
+
+
 def test_advice_when_the_mean_misses() -> None:
     found = chosen(ssim_of(0.9, 0.8, 0.7))
     assert found.nearest == 3

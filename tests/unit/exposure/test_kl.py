@@ -215,6 +215,8 @@ def figures(ratio: float) -> KlFigures:
         ([1.1, 1.5, 1.9], 1.0, 1),
         ([1.1, 1.5, 0.9], 1.0, None),
         ([], 1.0, None),
+        ([1.1, float("nan"), 1.9], 1.0, 3),  # what is not a number is not safe
+        ([1.1, 1.5], float("nan"), None),
     ],
 )
 def test_the_papers_cut_is_the_first_from_which_on_all_are_safe(
