@@ -18,7 +18,6 @@ from caltrain.boundary.sealed import ReleasedPart, seal_for
 from caltrain.crypto.digests import canonical_json, digest
 from caltrain.crypto.dsse import open_envelope
 from caltrain.enclave.ingest import unpack
-from caltrain.enclave.pool import smallest
 from caltrain.enclave.run import Assessment, Run, State, present
 from caltrain.enclave.zones import inner_state, joined, same_center, shown_center
 from caltrain.errors import IntegrityError, ProtocolError
@@ -29,6 +28,8 @@ from caltrain.exposure.subject import subject_from
 from caltrain.models.weights import encode_state, model_digest, state_of
 from caltrain.plan import ExposureSpec, Plan, possible_cuts
 from caltrain.provenance.statements import AssessedModel, ExposureVote
+
+_BATCH = 256
 
 
 def assess(run: Run, _message: Assess) -> tuple[Done, State]:
@@ -62,7 +63,7 @@ def assess(run: Run, _message: Assess) -> tuple[Done, State]:
         "assess", {"epoch": course.epoch, "front": course.front, "model": model, "least": least, "statement": named}
     )
     signed = run.vault.signing.sign("assessed-model", statement)
-    if not attack_bounds(spec.policy):
+    if not least or not attack_bounds(spec.policy):  # no vote would change it
         return Done(signed=signed, due=least), State.READY
     return Done(signed=signed, sealed=_sealed(run, model)), State.ASSESSING
 
@@ -81,13 +82,20 @@ def _due_now(plan: Plan, run: Run) -> ExposureSpec:
 
 
 def _sample(run: Run, count: int) -> torch.Tensor:
-    """Elements of records that the host cannot choose: held-out ones in a new order, or where too few, of the pool."""
-    pool, data = run.held_out, present(run.plan).data
+    """Elements of `count` held-out records, or of the pool's where these are too few.
+
+    Nobody chooses which: not the host, nor the party whose records were taken in first. All are read in their order, so
+    what the host sees does not tell either.
+    """
+    pool = run.held_out
     if pool is None or pool.shape.records < count:
         pool = present(run.pool)
-        return unpack(pool.rows(0, min(count, pool.shape.records)), data)[0]
-    pool.shuffle(smallest(np.random.default_rng(int.from_bytes(os.urandom(16))).permutation(pool.shape.records)))
-    return unpack(pool.rows(0, count), data)[0]
+    records = pool.shape.records
+    drawn = np.zeros(records, bool)
+    drawn[np.random.default_rng(int.from_bytes(os.urandom(16))).permutation(records)[:count]] = True
+    parts = zip(range(0, records, _BATCH), pool.batches(_BATCH, whole=False), strict=True)
+    rows = np.concatenate([rows[drawn[start : start + len(rows)]] for start, rows in parts])
+    return unpack(rows, present(run.plan).data)[0]
 
 
 def _sealed(run: Run, model: str) -> dict[str, bytes]:

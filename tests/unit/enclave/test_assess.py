@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import msgspec
 import pytest
+import torch
+from torch import Tensor
 
 from caltrain.boundary import messages as m
 from caltrain.boundary.sealed import ReleasedPart, open_for
 from caltrain.crypto.digests import canonical_json, digest
 from caltrain.enclave.run import State, present
+from caltrain.exposure.inside import Figures, measure_inside
 from caltrain.exposure.policy import Bound, Policy
+from caltrain.exposure.subject import Subject
 from caltrain.models.weights import decode_state, model_digest
 from caltrain.plan import ExposureSpec, Plan, possible_cuts
 from caltrain.provenance.statements import AssessedModel
@@ -87,6 +91,30 @@ def test_the_sample_is_held_out_or_of_the_pool(held_out: int) -> None:
     assert world.statement("assessed-model", AssessedModel).sample == 8
     names = {c.message.name for c in world.host.log[read:] if isinstance(c.message, m.Read)}
     assert any(name.startswith("held-out") for name in names) == (held_out == 3)
+
+
+def test_nobody_chooses_the_sample_and_reading_it_does_not_tell(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = judged(LOOSE, held_out=0)
+    samples, reads = [], []
+
+    def seen(subject: Subject, cuts: tuple[int, ...], pictures: Tensor, *, measures: set[str]) -> dict[int, Figures]:
+        samples.append(pictures)
+        return measure_inside(subject, cuts, pictures, measures=measures)
+
+    monkeypatch.setattr("caltrain.enclave.assess.measure_inside", seen)
+    for _ in range(2):
+        world.run.assessment, before = None, len(world.host.log)
+        world.assess()
+        reads.append([c.message for c in world.host.log[before:] if isinstance(c.message, m.Read)])
+    assert any(read.name.startswith("pool") for read in reads[0])
+    assert reads[0] == reads[1]
+    assert not torch.equal(samples[0], samples[1])
+    assert len(torch.unique(samples[0], dim=0)) == 8
+
+
+def test_where_the_figures_allow_no_cut_nobody_votes_and_nobody_gets_the_model() -> None:
+    done = judged(STRICT, ATTACK).done(m.Assess())
+    assert (done.due, done.sealed) == (0, {})
 
 
 def test_only_every_second_epoch_is_judged_where_the_plan_says_so() -> None:
