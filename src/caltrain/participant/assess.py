@@ -76,8 +76,10 @@ def assess(
     if part.model != statement.model or statement.plan != plan.digest():
         raise _other("the part that was sealed to us is of another model or plan")
     weights = join_weights(plan, part.weights, host.artifact("center"), digest=statement.model)
-    report = judge(plan, plan.exposure, weights, possible_cuts(plan, statement.front), own_records(identity, plan.data))
-    front = max(report.front, least) if report.front else 0
+    cuts = possible_cuts(plan, statement.front)
+    report = judge(plan, plan.exposure, weights, cuts, own_records(identity, plan.data))
+    accepted = [cut for cut in cuts if report.front and cut >= max(report.front, least)]
+    front = min(accepted, default=0)
     signed = identity.signer.sign("party-report", report)
     write_whole(run_folder(identity, run) / f"exposure-{statement.epoch}.json", msgspec.json.encode(signed))
     vote = ExposureVote(

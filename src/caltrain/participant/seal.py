@@ -190,7 +190,7 @@ def own_records(identity: Identity, schema: DataSchema) -> tuple[NDArray[np.gene
                 pixels, label = decode_record(schema, record)
                 elements.append(pixels)
                 labels.append(label)
-    return np.stack(elements), np.array(labels, np.int64)
+    return np.array(elements, schema.numpy_dtype).reshape(-1, *schema.shape), np.array(labels, np.int64)
 
 
 def read_own_header(identity: Identity, path: Path) -> shards.ShardHeader:

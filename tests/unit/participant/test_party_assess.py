@@ -133,7 +133,7 @@ def test_the_vote_is_for_what_was_found_and_its_report_is_kept(waiting: Waiting)
     assert present(waiting.world.run.assessment).votes == {"alpha": 3}
 
 
-@pytest.mark.parametrize(("wanted", "least", "front"), [(2, 4, 4), (5, 4, 5), (0, 4, 0)])
+@pytest.mark.parametrize(("wanted", "least", "front"), [(2, 4, 4), (5, 4, 5), (0, 4, 0), (3, 1, 3), (2, 6, 0)])
 def test_a_party_may_ask_for_more_than_it_found(waiting: Waiting, wanted: int, least: int, front: int) -> None:
     waiting.wanted = wanted
     voted = waiting.assess(least=least)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from caltrain.errors import CaltrainError, DataError, EnvironmentFault, IntegrityError
 from caltrain.participant import seal
 from caltrain.participant.identity import Identity, create_identity
-from caltrain.participant.seal import own_shards, plan_labels, seal_records, shard_path
+from caltrain.participant.seal import own_records, own_shards, plan_labels, seal_records, shard_path
 from caltrain.plan import ManifestShard
 from caltrain.records import shard as shards
 from caltrain.records.readers import Dataset
@@ -194,6 +194,21 @@ def test_a_folder_that_cannot_hold_shards_is_named(alpha: Identity) -> None:
 def test_a_party_without_shards_is_told_so(alpha: Identity) -> None:
     with refused(DataError, "seal.nothing"):
         own_shards(alpha)
+
+
+def test_own_records_are_those_to_train_on(alpha: Identity) -> None:
+    seal_records(alpha, BYTES, images(), LABELS, shard_records=3)
+    seal_records(alpha, BYTES, images() + 100, LABELS, held_out=True)
+    elements, labels = own_records(alpha, BYTES)
+    found = {(pixels.tobytes(), int(label)) for pixels, label in zip(elements, labels, strict=True)}
+    assert found == {(pixels.tobytes(), label) for pixels, label in zip(images(), LABELS.tolist(), strict=True)}
+    assert (elements.dtype, labels.dtype) == (np.uint8, np.int64)
+
+
+def test_a_party_may_have_no_record_to_train_on(alpha: Identity) -> None:
+    seal_records(alpha, BYTES, images(), LABELS, held_out=True)
+    elements, labels = own_records(alpha, BYTES)
+    assert (elements.shape, labels.shape) == ((0, 1, 2, 3), (0,))
 
 
 def test_a_shard_under_another_name_is_refused(alpha: Identity) -> None:
