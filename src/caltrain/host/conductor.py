@@ -315,9 +315,11 @@ class Conductor:
             return 0
         self.store.put("center", self.center.weights())
         self._voted.clear()
+        self._due = None
         judged = self._ask(m.Assess(), wait=_FOREVER)
-        self._due = judged.due
         self._keep("semi-trained", judged)
+        if judged.due is not None:
+            return judged.due
         names = {party.name for party in self.plan.parties}
         self._wait("assess", lambda: set() if self._due is not None else names - self._voted)
         self._phase("train")
