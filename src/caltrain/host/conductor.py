@@ -83,8 +83,8 @@ class Conductor:
         self._started, self._resume, self._device = auto_start or resume, resume, device
         self._asked = AskedCut(plan)
         self.rejoined: set[str] = set()
-        self._voted: set[str] = set()
-        self._due: int | None = None
+        self._due: dict[str, int | None] = {}
+        """By party that has voted: the layers that are due, known with the last vote."""
         self._stopping = False
         self._epoch_began, self._step_began = 0.0, 0
         self._taken_up: m.Done | None = None
@@ -178,9 +178,7 @@ class Conductor:
 
     def vote(self, party: str, envelope: Envelope) -> None:
         """A party's vote on the cut of the coming epoch."""
-        done = self._ask(m.Vote(party, envelope))
-        self._due = done.due  # known with the last vote; first, as with `rejoin`
-        self._voted.add(party)
+        self._due[party] = self._ask(m.Vote(party, envelope)).due
         self.notify()
 
     def query(self, user: str, envelope: Envelope) -> bytes:
@@ -314,16 +312,15 @@ class Conductor:
         if spec is None or step or epoch % spec.every or self.center is None:
             return 0
         self.store.put("center", self.center.weights())
-        self._voted.clear()
-        self._due = None
+        self._due.clear()
         judged = self._ask(m.Assess(), wait=_FOREVER)
         self._keep("semi-trained", judged)
         if judged.due is not None:
             return judged.due
         names = {party.name for party in self.plan.parties}
-        self._wait("assess", lambda: set() if self._due is not None else names - self._voted)
+        self._wait("assess", lambda: names - self._due.keys())
         self._phase("train")
-        return self._due or 0
+        return max(due or 0 for due in self._due.values())
 
     def _move_cut(self, done: m.Done, *, least: int) -> m.Done:
         """Move the cut between epochs: where the plan's schedule says so, its policy, or the operator."""
