@@ -35,8 +35,7 @@ class Perceptual:
     """
 
     def __init__(self, network: Subject) -> None:
-        shapes = layer_shapes(network.spec, network.data.shape)[1:]
-        spatial = [front for front, shape in enumerate(shapes, 1) if _places(shape) > 1]
+        spatial = _spatial(network)
         if not spatial:
             raise ConfigError(
                 "exposure.no-places",
@@ -62,6 +61,12 @@ class Perceptual:
             one, other = F.normalize(stacked(live[-1:]), dim=1).chunk(2)
             total += (one - other).square().sum(1).flatten(1).mean(1)
         return total / len(self._zones)
+
+
+def _spatial(network: Subject) -> list[int]:
+    """FrontNets whose last layer has places."""
+    shapes = layer_shapes(network.spec, network.data.shape)[1:]
+    return [front for front, shape in enumerate(shapes, 1) if _places(shape) > 1]
 
 
 def _places(shape: Shape) -> int:
@@ -100,9 +105,4 @@ def _gradient(x: Tensor) -> Tensor:
 
 def distance_by(network: Subject) -> Distance:
     """In the features of `network`; by edges where none of its layers keeps places."""
-    try:
-        return Perceptual(network)
-    except ConfigError as error:
-        if error.code != "exposure.no-places":
-            raise
-        return edge_distance
+    return Perceptual(network) if _spatial(network) else edge_distance
