@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from caltrain.exposure.material import Material
+from caltrain.exposure.precision import fast
 from caltrain.exposure.subject import Subject, subject_of
 from caltrain.exposure.validator import Validator, accuracy_of, validator_of
 from caltrain.models.network import Network
@@ -27,10 +28,6 @@ _HELD = 1000
 _BATCH = 64
 _LEAST_STEPS, _LEAST_EPOCHS = 1500, 8
 OnStep = Callable[[int, int], None]
-
-
-class _Enough(Exception):  # no error: it ends a loop that is not ours
-    """The network is good enough."""
 
 
 def train_validator(
@@ -52,12 +49,10 @@ def train_validator(
     training = _training(subject, len(labels) - held, threads=threads)
     total = training.epochs * ((len(labels) - held) // training.batch)
     spec = resnet9_28(len(schema.classes), width=16 if subject.shape[0] == 1 else 48)
-    made: list[Subject] = []
 
-    def judged(_epoch: int, model: Network) -> None:
-        made[:] = [subject_of(spec, schema, state_of(model))]
-        if accuracy_of(Validator(made[0]), material.own[:held], labels[:held]).value >= ENOUGH:
-            raise _Enough
+    def enough(_epoch: int, model: Network) -> bool:
+        trained = Validator(subject_of(spec, schema, state_of(model)))
+        return accuracy_of(trained, material.own[:held], labels[:held]).value >= ENOUGH
 
     done = 0
 
@@ -66,23 +61,20 @@ def train_validator(
         done += 1
         on_step(done, total)
 
-    try:
-        # Without the cache of weights: it would keep those of the first step as long as the context lasts.
-        with torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=False):
-            train_plain(
-                spec,
-                Partition(front=1),
-                schema,
-                training,
-                pixels=pixels[held:],
-                labels=labels[held:],
-                seeds=RunSeeds.from_run_seed(seed.to_bytes(32, "big")),
-                on_step=stepped,
-                on_epoch=judged,
-            )
-    except _Enough:
-        pass
-    return validator_of(made[0], subject, material.candidates, material.labels)
+    with fast():
+        model = train_plain(
+            spec,
+            Partition(front=1),
+            schema,
+            training,
+            pixels=pixels[held:],
+            labels=labels[held:],
+            seeds=RunSeeds.from_run_seed(seed.to_bytes(32, "big")),
+            on_step=stepped,
+            on_epoch=enough,
+        )
+    made = subject_of(spec, schema, state_of(model))
+    return validator_of(made, subject, material.candidates, material.labels)
 
 
 def _schema(subject: Subject) -> DataSchema:

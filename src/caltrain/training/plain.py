@@ -28,7 +28,8 @@ from caltrain.training.seeds import Draws, RunSeeds, epoch_order, initialise
 from caltrain.training.spec import TrainingSpec
 
 OnStep = Callable[[int, int, float], None]
-OnEpoch = Callable[[int, Network], None]
+OnEpoch = Callable[[int, Network], bool | None]
+"""Told the epoch and the model after it; True where no other epoch is wanted."""
 
 
 class Part(NamedTuple):
@@ -85,7 +86,8 @@ def train_plain(
                 loss.backward()  # type: ignore[no-untyped-call]
                 descent.step(epoch, step, steps, parts=[part.module for part in parts])
                 on_step(epoch, step, loss.item())
-        on_epoch(epoch, model)
+        if on_epoch(epoch, model):
+            break
     model.eval()
     return model
 

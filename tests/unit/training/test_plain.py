@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from caltrain.models.network import build
+from caltrain.models.network import Network, build
 from caltrain.models.spec import Partition
 from caltrain.models.weights import state_of
 from caltrain.training import plain
@@ -63,6 +63,19 @@ def test_the_plain_loop_learns() -> None:
     model = train_plain(FLAT, CUT, SCHEMA, training, pixels=pixels, labels=LABELS, seeds=SEEDS)
     logits = model(normalise(pixels, SCHEMA, channels_last=True))
     assert torch.equal(logits.argmax(1), LABELS)
+
+
+def test_who_is_told_of_an_epoch_may_say_that_it_was_the_last() -> None:
+    training = TrainingSpec(epochs=5, batch=5, learning_rate=0.1, threads=1)
+    told: list[int] = []
+
+    def enough(epoch: int, _model: Network) -> bool:
+        told.append(epoch)
+        return epoch == 1
+
+    got = train_plain(FLAT, CUT, SCHEMA, training, pixels=PIXELS, labels=LABELS, seeds=SEEDS, on_epoch=enough)
+    assert told == [0, 1]
+    assert not got.training
 
 
 def test_fewer_records_than_a_batch_train_nothing() -> None:
