@@ -18,12 +18,13 @@ import torch
 from torch import Tensor
 
 from caltrain.exposure.open_model import save_subject
+from caltrain.exposure.precision import fast
 from caltrain.exposure.subject import subject_of
 from caltrain.models.network import Network
 from caltrain.models.spec import Partition
 from caltrain.models.weights import state_of
 from caltrain.models.zoo import resnet9_28
-from caltrain.presets import PRESETS, STARTS, Preset
+from caltrain.presets import NETWORKS, PRESETS, NetworkName, Preset, PresetName
 from caltrain.records.readers.named import load
 from caltrain.training.batches import center_crop, normalise
 from caltrain.training.plain import train_plain
@@ -37,16 +38,15 @@ def _sgd(epochs: int, rate: float, *, batch: int = 128, augment: Augment) -> Tra
     return TrainingSpec(epochs=epochs, batch=batch, learning_rate=rate, weight_decay=5e-4, augment=augment)
 
 
-def _validator(data: str, *, width: int, epochs: int, flip: bool) -> tuple[str, Preset]:
-    start = PRESETS[data]  # type: ignore[index]
+def _validator(data: PresetName, *, width: int, epochs: int, flip: bool) -> tuple[str, Preset]:
+    start = PRESETS[data]
     training = _sgd(epochs, 0.02, augment=Augment(flip=flip, shift=0 if data == "cifar10" else 1))
     model = resnet9_28(len(start.data.classes), width=width)
     return data, Preset(model=model, partition=Partition(front=1), data=start.data, training=training)
 
 
-def _network(name: str, *, epochs: int, rate: float, augment: Augment) -> tuple[str, Preset]:
-    start = STARTS[name]  # type: ignore[index]
-    return "cifar10", msgspec.structs.replace(start, training=_sgd(epochs, rate, augment=augment))
+def _network(name: NetworkName, *, epochs: int, rate: float, augment: Augment) -> tuple[str, Preset]:
+    return "cifar10", msgspec.structs.replace(NETWORKS[name], training=_sgd(epochs, rate, augment=augment))
 
 
 MODELS: dict[str, tuple[str, Preset]] = {
@@ -88,8 +88,7 @@ def _train(name: str, data: Path, out: Path, *, threads: int) -> None:
         if number % 50 == 0:
             print(f"{name} {epoch + 1}/{number}: {loss:.3f} {time.monotonic() - began:.0f} s", flush=True)
 
-    # Without the cache of weights: it would keep those of the first step as long as the context lasts.
-    with torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=False):
+    with fast():
         model = train_plain(
             preset.model,
             preset.partition,
