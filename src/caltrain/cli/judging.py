@@ -28,11 +28,11 @@ def judging(budget: BudgetName, *, wheel: bytes | None = None) -> Iterator[Judge
             from caltrain.exposure.judge import judge as attack  # noqa: PLC0415  # torch
             from caltrain.exposure.subject import subject_of  # noqa: PLC0415
             from caltrain.models.weights import decode_state  # noqa: PLC0415
-            from caltrain.models.wheel import load_wheel, no_wheel  # noqa: PLC0415
+            from caltrain.models.wheel import stages_of  # noqa: PLC0415
 
-            factory = load_wheel(wheel, plan.model.wheel) if wheel and plan.model.wheel else no_wheel
+            state = decode_state(weights, step="assess")
             return attack(
-                subject_of(plan.model, plan.data, decode_state(weights, step="assess"), factory=factory),
+                subject_of(plan.model, plan.data, state, factory=stages_of(wheel, plan.model)),
                 cuts,
                 records,
                 spec.policy,

@@ -16,7 +16,7 @@ from caltrain.models.darknet_text import MAX_CFG_BYTES
 from caltrain.models.darknet_weights import read_weights
 from caltrain.models.spec import MAX_WEIGHTS, ModelSpec
 from caltrain.models.weights import State, decode_state, encode_state, state_of
-from caltrain.models.wheel import Factory, load_wheel, no_wheel
+from caltrain.models.wheel import stages_of
 from caltrain.plan import MAX_PLAN_BYTES, plan_from_json
 from caltrain.records.schema import DataSchema
 
@@ -58,7 +58,7 @@ def open_subject(path: Path, *, weights: Path | None = None, wheel: bytes | None
         return _from_run(path, wheel)
     if _is_file(path / "model.json"):
         file = _decoded(path / "model.json", ModelFile)
-        return subject_of(file.model, file.data, _state(path), factory=_factory(file.model, wheel))
+        return subject_of(file.model, file.data, _state(path), factory=stages_of(wheel, file.model))
     raise _unreadable(f"{path} has neither plan.json nor model.json")
 
 
@@ -85,7 +85,7 @@ def _from_darknet(path: Path, weights: Path | None) -> Subject:
 def _from_run(folder: Path, wheel: bytes | None) -> Subject:
     plan = plan_from_json(read_bounded(folder / "plan.json", limit=MAX_PLAN_BYTES))
     record = _decoded(folder / "run.json", _RunRecord)
-    subject = subject_of(plan.model, plan.data, _state(folder), factory=_factory(plan.model, wheel))
+    subject = subject_of(plan.model, plan.data, _state(folder), factory=stages_of(wheel, plan.model))
     if subject.digest != record.model:
         raise IntegrityError(
             "exposure.other-digest",
@@ -105,10 +105,6 @@ def _is_file(path: Path) -> bool:
         return path.is_file()
     except OSError:  # a name that is too long, a folder that may not be looked into
         return False
-
-
-def _factory(spec: ModelSpec, wheel: bytes | None) -> Factory:
-    return load_wheel(wheel, spec.wheel) if wheel is not None and spec.wheel else no_wheel
 
 
 def _decoded(path: Path, kind: type[_T]) -> _T:

@@ -27,7 +27,7 @@ from caltrain.errors import ConfigError, IntegrityError
 from caltrain.models.archive import read_sources
 from caltrain.models.importer import MemoryModules
 from caltrain.models.layers import Shape, Stage, refuse
-from caltrain.models.spec import MAX_WHEEL_BYTES, Wheel
+from caltrain.models.spec import MAX_WHEEL_BYTES, ModelSpec, Wheel
 
 Factory = Callable[[Stage], nn.Module]
 
@@ -37,6 +37,11 @@ def no_wheel(stage: Stage) -> nn.Module:
     raise refuse(
         "model.no-wheel", f"stage {stage.name!r} needs the plan's wheel", "Give the wheel that the plan names."
     )
+
+
+def stages_of(raw: bytes | None, spec: ModelSpec) -> Factory:
+    """Makes the model's stages from the wheel that it names, where that was given. Raises as `load_wheel` does."""
+    return load_wheel(raw, spec.wheel) if raw is not None and spec.wheel else no_wheel
 
 
 def load_wheel(raw: bytes, wheel: Wheel) -> Factory:

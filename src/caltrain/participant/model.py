@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from caltrain.errors import UNDECODABLE, ConfigError, DataError, IntegrityError
 from caltrain.models.network import Network, build, features_and_logits, lay_out
 from caltrain.models.weights import decode_state, load_zone, model_digest
-from caltrain.models.wheel import load_wheel, no_wheel
+from caltrain.models.wheel import stages_of
 from caltrain.participant.receive import RunRecord
 from caltrain.plan import Plan, plan_from_json
 from caltrain.training.batches import center_crop, normalise
@@ -82,8 +82,7 @@ def load_model(folder: Path, *, wheel: bytes | None = None) -> JoinedModel:
             step=_STEP,
             fix="Receive the model again: the file was changed after it was verified.",
         )
-    factory = load_wheel(wheel, plan.model.wheel) if wheel is not None and plan.model.wheel else no_wheel
-    module = build(plan.model, input_shape=plan.data.shape, factory=factory)
+    module = build(plan.model, input_shape=plan.data.shape, factory=stages_of(wheel, plan.model))
     load_zone(module, state, step=_STEP)
     lay_out(module, channels_last=plan.training.channels_last)
     module.eval()
