@@ -10,8 +10,8 @@ import typer
 
 from caltrain.cli.files import write_json
 from caltrain.cli.output import Format, FormatOption, choose, console, emit, say, wants_json
-from caltrain.crypto.dsse import MAX_ENVELOPE_BYTES, Envelope
-from caltrain.errors import UNDECODABLE, ConfigError, IntegrityError
+from caltrain.crypto.dsse import MAX_ENVELOPE_BYTES, envelope_from_json
+from caltrain.errors import ConfigError
 from caltrain.exposure.defence_spec import parse_defence
 from caltrain.exposure.figures import BudgetName
 from caltrain.exposure.policy import Policy, check_policy, parse_policy
@@ -113,9 +113,10 @@ def verify(
     from caltrain.exposure.open_model import open_subject  # noqa: PLC0415  # torch
     from caltrain.exposure.statement import MAX_REPORT_BYTES, verify_report  # noqa: PLC0415
 
-    subject = open_subject(model, weights=weights, wheel=_wheel(wheel))
+    signed = envelope_from_json(read_bounded(statement, limit=MAX_ENVELOPE_BYTES), step="read statement")
     raw = read_bounded(report, limit=MAX_REPORT_BYTES)
-    verified = verify_report(_envelope(statement), raw, model=subject.digest, key=key)
+    subject = open_subject(model, weights=weights, wheel=_wheel(wheel))
+    verified = verify_report(signed, raw, model=subject.digest, key=key)
     found = verified.report
     emit(
         {
@@ -181,15 +182,3 @@ def _no_numbers(text: str, option: str) -> ConfigError:
 
 def _wheel(path: Path | None) -> bytes | None:
     return read_bounded(path, limit=MAX_WHEEL_BYTES) if path else None
-
-
-def _envelope(path: Path) -> Envelope:
-    try:
-        return msgspec.json.decode(read_bounded(path, limit=MAX_ENVELOPE_BYTES), type=Envelope)
-    except UNDECODABLE as error:
-        raise IntegrityError(
-            "exposure.unreadable-statement",
-            f"{path} is no signed statement: {str(error)[:200]}",
-            step="read statement",
-            fix="Get statement.json again from whoever assessed the model.",
-        ) from None

@@ -84,7 +84,7 @@ def test_text_is_a_table_with_findings_and_a_signed_report_verifies(cli: Cli, mo
         "exposure.other-report": (statement, changed, "--model", model, "--key", key),
         "exposure.other-model": (statement, report, "--model", other, "--key", key),
         "signature.invalid": (statement, report, "--model", model, "--key", KEY_OF_NOBODY),
-        "exposure.unreadable-statement": (report, report, "--model", model, "--key", key),
+        "envelope.malformed": (report, report, "--model", model, "--key", key),
     }.items():
         refused = cli("exposure", "verify", *call, as_json=True)
         assert (refused.code, refused.error["code"]) == (12, code)
