@@ -110,7 +110,7 @@ def candidate_cuts(spec: ModelSpec) -> tuple[int, ...]:
 
 def check_front(spec: ModelSpec, front: int) -> None:
     """Raise ConfigError unless the model can be cut after `front` layers, naming the cuts at which it can."""
-    if not (0 < front < len(spec.layers)) or not _can_be_cut(spec, front):
+    if front < 1 or not _can_be_cut(spec, front):
         raise ConfigError(
             "exposure.cut",
             f"the model cannot be cut after {front} layers",

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from caltrain.exposure.attacks.inverter import BUDGETS, InverterBudget, Moments, invert, seen, some, train_inverter
+from caltrain.exposure.attacks.inverter import BUDGETS, InverterBudget, Moments, OnStep, seen, some, train_inverter
 from caltrain.exposure.material import Material, gather
 from caltrain.exposure.measures import ssim
 from caltrain.exposure.subject import Cut, Live, Subject, candidate_cuts, subject_of
@@ -32,6 +32,14 @@ def digits() -> tuple[Subject, Material]:
     of_digits = subject_of(preset.model, preset.data, state_of(module))
     train, test = ((torch.from_numpy(p.images), torch.from_numpy(p.labels)) for p in (split.train, split.test))
     return of_digits, gather(of_digits, train, test, targets=32, candidates=100)
+
+
+def invert(
+    cut: Cut, material: Material, *, budget: InverterBudget, seed: int, on_step: OnStep = lambda _done, _total: None
+) -> Tensor:
+    """The targets, as who has pairs of `own` alone gets them back."""
+    inverter = train_inverter(cut.stacked, material.own, budget=budget, seed=seed, on_step=on_step)
+    return inverter(seen(cut, material.targets))
 
 
 def noise(of: Subject, *, seed: int = 0) -> Material:

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from caltrain.exposure.attacks.decoder import OURS, Design, draw
-from caltrain.exposure.material import Material
 from caltrain.exposure.precision import fast
 from caltrain.exposure.subject import Cut
 from caltrain.models.network import lay_out
@@ -77,14 +76,6 @@ class Inverter:
         scaled = (moments or self.moments)(ir)
         with torch.inference_mode():
             return torch.cat([self.network(part).clamp(0, 1) for part in torch.split(scaled, _AT_ONCE)])
-
-
-def invert(
-    cut: Cut, material: Material, *, budget: InverterBudget, seed: int, on_step: OnStep = lambda _done, _total: None
-) -> Tensor:
-    """Reconstructions (N, C, H, W) of `material.targets`, by somebody who has pairs of `material.own` alone."""
-    inverter = train_inverter(cut.stacked, material.own, budget=budget, seed=seed, on_step=on_step)
-    return inverter(seen(cut, material.targets))
 
 
 def train_inverter(
