@@ -12,7 +12,7 @@ import pytest
 
 from caltrain.boundary import messages as m
 from caltrain.boundary.sealed import ReleasedPart, seal_for
-from caltrain.crypto.digests import digest
+from caltrain.crypto.digests import canonical_json, digest
 from caltrain.crypto.dsse import Envelope, open_envelope
 from caltrain.enclave.run import State, present
 from caltrain.errors import (
@@ -210,6 +210,20 @@ def test_what_is_not_of_this_model_gets_no_vote(waiting: Waiting, case: str) -> 
         waiting.assess()
     assert (waiting.posted, waiting.shown) == ([], [])
     assert not [name for name in tree(waiting.alpha.folder) if "exposure-" in str(name)]
+
+
+@pytest.mark.parametrize("changes", [{"run": "0" * 32}, {"plan": digest("test/v1")}], ids=["run", "plan"])
+def test_figures_of_another_run_or_plan_get_no_vote_even_where_the_chain_names_them(
+    waiting: Waiting, changes: dict[str, str]
+) -> None:
+    world = waiting.world
+    figures = msgspec.structs.replace(world.statement("assessed-model", AssessedModel), **changes)
+    waiting.signed = world.run.vault.signing.sign("assessed-model", figures)
+    named = {"statement": digest("assessed-model/v1", canonical_json(figures))}
+    world.events.append(world.run.chain.append("assess", named))
+    with refused(IntegrityError, "assess.other-model"):
+        waiting.assess()
+    assert (waiting.posted, waiting.shown) == ([], [])
 
 
 def test_a_plan_without_a_policy_has_nothing_to_assess(waiting: Waiting) -> None:
