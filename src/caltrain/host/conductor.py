@@ -178,6 +178,8 @@ class Conductor:
 
     def vote(self, party: str, envelope: Envelope) -> None:
         """A party's vote on the cut of the coming epoch."""
+        if party in self._due:  # sent twice: once is enough for one epoch
+            return
         self._due[party] = self._ask(m.Vote(party, envelope)).due
         self.notify()
 

@@ -5,6 +5,8 @@
 (3) the enclave's signed figures, this party's sealed part and the host's CenterNet are of that very model
 (4) the attacks that the plan's policy names run on this party's own records (arXiv:1812.03230, IV-B)
 (5) only then: the report is signed and kept in the party's folder, and the vote leaves
+
+Of one model there is one report: a host that asks again gets the same word, and cannot ask until it likes the answer.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -23,6 +26,7 @@ from caltrain.crypto.digests import canonical_json, digest
 from caltrain.crypto.dsse import MAX_ENVELOPE_BYTES, envelope_from_json, open_envelope
 from caltrain.errors import ConfigError, EnvironmentFault, IntegrityError
 from caltrain.exposure.party_report import PartyReport
+from caltrain.files import read_bounded
 from caltrain.host_client import HostClient
 from caltrain.participant.files import write_whole
 from caltrain.participant.heads import known_run, look
@@ -71,17 +75,17 @@ def assess(
         return None
     run = same_run(host, plan, identity)
     statement = _statement(host, identity, run, look(host, identity, run))
-    sealed = host.artifact(f"semi-trained/{identity.name}")
-    part = open_for(identity.data_key, "semi-trained/v1", sealed, ReleasedPart, context=run, step=_STEP)
-    if part.model != statement.model or statement.plan != plan.digest():
-        raise _other("the part that was sealed to us is of another model or plan")
-    weights = join_weights(plan, part.weights, host.artifact("center"), digest=statement.model)
+    if statement.plan != plan.digest():
+        raise _other("the enclave's figures are of another plan")
     cuts = possible_cuts(plan, statement.front)
-    report = judge(plan, plan.exposure, weights, cuts, own_records(identity, plan.data))
+    path = run_folder(identity, run) / f"exposure-{statement.epoch}.json"
+    report = _kept(path, identity, statement)
+    if report is None:
+        weights = _weights(host, plan, identity, statement)
+        report = judge(plan, plan.exposure, weights, cuts, own_records(identity, plan.data))
+        write_whole(path, msgspec.json.encode(identity.signer.sign("party-report", report)))
     accepted = [cut for cut in cuts if report.front and cut >= max(report.front, least)]
     front = min(accepted, default=0)
-    signed = identity.signer.sign("party-report", report)
-    write_whole(run_folder(identity, run) / f"exposure-{statement.epoch}.json", msgspec.json.encode(signed))
     vote = ExposureVote(
         run=run,
         epoch=statement.epoch,
@@ -123,6 +127,24 @@ def _statement(host: HostClient, identity: Identity, run: str, events: tuple[Eve
     if not named or named[-1] != own or statement.run != run:
         raise _other("the enclave's figures are not those that the chain names last")
     return statement
+
+
+def _kept(path: Path, identity: Identity, statement: AssessedModel) -> PartyReport | None:
+    """What this party has found before of that very model, from that cut on."""
+    if not path.exists():
+        return None
+    envelope = envelope_from_json(read_bounded(path, limit=MAX_ENVELOPE_BYTES), step=_STEP)
+    report = open_envelope(envelope, "party-report", identity.signer.public, PartyReport, step=_STEP)
+    return report if report.model == statement.model and not 0 < report.front < statement.front else None
+
+
+def _weights(host: HostClient, plan: Plan, identity: Identity, statement: AssessedModel) -> bytes:
+    """The semi-trained model of the statement, as safetensors."""
+    sealed = host.artifact(f"semi-trained/{identity.name}")
+    part = open_for(identity.data_key, "semi-trained/v1", sealed, ReleasedPart, context=statement.run, step=_STEP)
+    if part.model != statement.model:
+        raise _other("the part that was sealed to us is of another model")
+    return join_weights(plan, part.weights, host.artifact("center"), digest=statement.model)
 
 
 def _other(what: str) -> IntegrityError:

@@ -133,6 +133,37 @@ def test_the_vote_is_for_what_was_found_and_its_report_is_kept(waiting: Waiting)
     assert present(waiting.world.run.assessment).votes == {"alpha": 3}
 
 
+def test_a_host_that_asks_again_gets_the_same_word(waiting: Waiting) -> None:
+    first = waiting.assess()
+    waiting.wanted = 2  # what other draws might have come to
+    present(waiting.world.run.assessment).votes.clear()
+    assert waiting.assess() == first
+    assert len(waiting.shown) == 1
+    assert waiting.posted[0] == waiting.posted[1]
+
+
+@pytest.mark.parametrize("changes", [{"model": digest("test/v1")}, {"front": 1}], ids=["model", "cut"])
+def test_what_was_found_of_another_model_or_from_a_shallower_cut_on_does_not_count(
+    waiting: Waiting, changes: dict[str, Any]
+) -> None:
+    first = present(waiting.assess())
+    kept = msgspec.structs.replace(first.report, **changes)
+    path = waiting.alpha.folder / "runs" / waiting.run / "exposure-1.json"
+    path.write_bytes(msgspec.json.encode(waiting.alpha.signer.sign("party-report", kept)))
+    present(waiting.world.run.assessment).votes.clear()
+    assert waiting.assess() == first
+    assert len(waiting.shown) == 2
+
+
+def test_a_kept_report_that_is_not_our_own_is_not_voted_by(waiting: Waiting) -> None:
+    first = present(waiting.assess())
+    path = waiting.alpha.folder / "runs" / waiting.run / "exposure-1.json"
+    path.write_bytes(msgspec.json.encode(waiting.world.parties["beta"].signer.sign("party-report", first.report)))
+    with refused(IntegrityError, "signature.invalid"):
+        waiting.assess()
+    assert len(waiting.posted) == 1
+
+
 @pytest.mark.parametrize(("wanted", "least", "front"), [(2, 4, 4), (5, 4, 5), (0, 4, 0), (3, 1, 3), (2, 6, 0)])
 def test_a_party_may_ask_for_more_than_it_found(waiting: Waiting, wanted: int, least: int, front: int) -> None:
     waiting.wanted = wanted
