@@ -42,7 +42,8 @@ def assess(run: Run, _message: Assess) -> tuple[Done, State]:
     subject = subject_from(plan.model, plan.data, module, digest=model)
     bounds = inside_bounds(spec.policy)
     pictures = subject.pictures(_sample(run, spec.sample))
-    figures = measure_inside(subject, cuts, pictures, measures={bound.measure for bound in bounds})
+    measures, seed = {bound.measure for bound in bounds}, int.from_bytes(os.urandom(4))
+    figures = measure_inside(subject, cuts, pictures, measures=measures, seed=seed)
     least = course.front
     if bounds:
         policy = msgspec.structs.replace(spec.policy, bounds=bounds)

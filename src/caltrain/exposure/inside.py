@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Collection, Sequence
 
 import torch
@@ -21,7 +20,7 @@ Figures = dict[str, Estimate]
 
 
 def measure_inside(
-    subject: Subject, cuts: Sequence[int], pictures: Tensor, *, measures: Collection[str]
+    subject: Subject, cuts: Sequence[int], pictures: Tensor, *, measures: Collection[str], seed: int
 ) -> dict[int, Figures]:
     """Those of `measures` that need no attack, at each cut, over `pictures` (N, C, H, W).
 
@@ -38,7 +37,6 @@ def measure_inside(
             if "distance_correlation" in measures:
                 found[front]["distance_correlation"] = distance_correlation(cut.stacked(pictures), pictures)
     if {"kl", "kl_ratio"} & set(measures):
-        seed = int.from_bytes(os.urandom(4))
         judged = assess_kl(subject, cuts, generator_as_validator(subject), pictures, maps=_MAPS, seed=seed)
         for front, figures in judged.items():
             found[front] |= {"kl": figures.kl, "kl_ratio": figures.ratio}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import msgspec
 import pytest
 import torch
@@ -97,9 +99,9 @@ def test_nobody_chooses_the_sample_and_reading_it_does_not_tell(monkeypatch: pyt
     world = judged(LOOSE, held_out=0)
     samples, reads = [], []
 
-    def seen(subject: Subject, cuts: tuple[int, ...], pictures: Tensor, *, measures: set[str]) -> dict[int, Figures]:
+    def seen(subject: Subject, cuts: tuple[int, ...], pictures: Tensor, **asked: Any) -> dict[int, Figures]:
         samples.append(pictures)
-        return measure_inside(subject, cuts, pictures, measures=measures)
+        return measure_inside(subject, cuts, pictures, **asked)
 
     monkeypatch.setattr("caltrain.enclave.assess.measure_inside", seen)
     for _ in range(2):
