@@ -82,10 +82,11 @@ def plots(report: ExposureReport) -> list[str]:
 
 def _attack_plot(report: ExposureReport, measure: str, title: str) -> str:
     best = max(of_scores(floor)[measure].value for floor in report.floors.values())
-    lines: dict[str, Points] = {
-        name: _over_cuts(report, lambda cut, name=name: of_scores(cut.attacks[name])[measure].value)  # type: ignore[misc]
-        for name in attacks_of(report.cuts)
-    }
+
+    def of(name: str) -> Points:
+        return _over_cuts(report, lambda cut: of_scores(cut.attacks[name])[measure].value)
+
+    lines: dict[str, Points] = {name: of(name) for name in attacks_of(report.cuts)}
     return _plot(lines | {"best guess": _level(report, best)}, title, measure)
 
 
