@@ -238,7 +238,7 @@ def test_a_port_in_use_is_exit_code_18_and_a_named_error(project: Project, start
         running: Running = start(*serving(project, taken.getsockname()[1]))
         out, err = running.process.communicate(timeout=60)
     assert running.process.returncode == 18
-    assert json.loads(out)["error"]["code"] == "host.port-in-use"
+    assert json.loads(out)["error"]["code"] == "listen.port-in-use"
     assert err == ""
     assert not (project.folder.parent / "host").exists()
 

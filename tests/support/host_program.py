@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from caltrain.crypto.dsse import SigningKey
-from caltrain.host.server import bind, serve
+from caltrain.host.server import serve
 from caltrain.host.store import Store
+from caltrain.listening import bind
 from caltrain.plan import plan_from_json
 
 

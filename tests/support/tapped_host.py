@@ -26,7 +26,8 @@ from caltrain.boundary.tensors import TensorHead
 from caltrain.crypto.dsse import SigningKey
 from caltrain.host import launcher
 from caltrain.host.confine import confined_command
-from caltrain.host.server import bind, serve
+from caltrain.host.server import serve
+from caltrain.listening import bind
 from caltrain.plan import plan_from_json
 
 

@@ -10,6 +10,7 @@ import typer
 from caltrain.cli.files import read_plan
 from caltrain.cli.output import Format, FormatOption, choose, console, emit, say, say_simulated
 from caltrain.host_client import HostClient, RunStatus
+from caltrain.listening import bind
 from caltrain.reports.progress import watch
 from caltrain.reports.terminal import center_note
 from caltrain.reports.tracking import open_sinks
@@ -50,8 +51,7 @@ def serve(
 ) -> None:
     """Serve one run: launch the enclave, take in what the parties send. Ends with Ctrl-C."""
     from caltrain.host.given import check_given  # noqa: PLC0415
-    from caltrain.host.server import bind  # noqa: PLC0415  # FastAPI is the host's alone
-    from caltrain.host.server import serve as serve_run  # noqa: PLC0415
+    from caltrain.host.server import serve as serve_run  # noqa: PLC0415  # FastAPI is the host's alone
     from caltrain.participant.identity import load_identity  # noqa: PLC0415
 
     choose(format_)

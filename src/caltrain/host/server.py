@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import socket
 from collections.abc import Callable
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING
 import uvicorn
 
 from caltrain.crypto.dsse import SigningKey
-from caltrain.errors import CaltrainError, EnvironmentFault
+from caltrain.errors import CaltrainError
 from caltrain.host.api import create_app
 from caltrain.host.conductor import Conductor
 from caltrain.host.confine import QUIET_THREADS
@@ -24,27 +23,6 @@ from caltrain.training.allocator import keep_freed_memory
 
 if TYPE_CHECKING:
     from caltrain.host.device import Choice
-
-
-def bind(address: str, port: int) -> socket.socket:
-    """A listening socket. Port 0 takes a free one. Raises EnvironmentFault `host.port-in-use`, `host.cannot-listen`."""
-    sock = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        sock.bind((address, port))
-        sock.listen(128)
-    except (OSError, OverflowError) as error:
-        sock.close()
-        in_use = isinstance(error, OSError) and error.errno == errno.EADDRINUSE
-        raise EnvironmentFault(
-            "host.port-in-use" if in_use else "host.cannot-listen",
-            f"cannot listen on {address}:{port}: {error}",
-            step="start host",
-            fix="Choose another --port, or stop the program that uses this one."
-            if in_use
-            else "Choose an --address of this machine and a --port that this user may use.",
-        ) from error
-    return sock
 
 
 def serve(

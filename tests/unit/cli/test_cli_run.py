@@ -78,7 +78,7 @@ def test_a_port_in_use_is_a_named_error_and_nothing_is_made(project: Project, tm
         port = str(taken.getsockname()[1])
         shown = cli(*serving(project, tmp_path, "--port", port), as_json=True)
     assert shown.code == 18
-    assert shown.error["code"] == "host.port-in-use"
+    assert shown.error["code"] == "listen.port-in-use"
     assert port in shown.error["what"]
     assert "--port" in shown.error["fix"]
     assert list(tmp_path.iterdir()) == []

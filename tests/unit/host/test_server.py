@@ -11,8 +11,9 @@ import uvicorn
 
 from caltrain.crypto.dsse import SigningKey
 from caltrain.errors import CaltrainError, EnvironmentFault, ProtocolError
-from caltrain.host.server import bind, serve
+from caltrain.host.server import serve
 from caltrain.host.store import Store
+from caltrain.listening import bind
 from support.disk import tree
 from support.samples import plan, refused
 
@@ -25,7 +26,7 @@ def test_port_zero_takes_a_free_one() -> None:
 def test_a_port_in_use_is_named() -> None:
     with bind("127.0.0.1", 0) as first:
         port = first.getsockname()[1]
-        with refused(EnvironmentFault, "host.port-in-use") as caught:
+        with refused(EnvironmentFault, "listen.port-in-use") as caught:
             bind("127.0.0.1", port)
     assert str(port) in caught.value.what
     with bind("127.0.0.1", port):
@@ -37,7 +38,7 @@ def test_a_port_in_use_is_named() -> None:
     [("192.0.2.1", 0), ("no.such.host.invalid", 0), ("127.0.0.1", 70_000), ("127.0.0.1", -1), ("::zz", 0)],
 )
 def test_an_address_that_is_not_ours_has_another_code_than_a_port_in_use(address: str, port: int) -> None:
-    with refused(EnvironmentFault, "host.cannot-listen"):
+    with refused(EnvironmentFault, "listen.refused"):
         bind(address, port)
 
 
