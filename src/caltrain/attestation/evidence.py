@@ -18,7 +18,7 @@ from caltrain.crypto.hpke import HpkePublicKey
 
 NONCE_BYTES = 32
 Nonce = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}\Z")]
-Purpose = Literal["training", "resume", "query"]
+Purpose = Literal["training", "resume", "query", "serving"]
 MAX_EVIDENCE = 1 << 20
 
 

@@ -35,6 +35,7 @@ INSIDE = (
     "boundary",
     "enclave",
     *(f"exposure/{name}.py" for name in _OF_EXPOSURE),
+    *(f"serving/{name}.py" for name in ("__init__", "package", "precision", "session")),
 )
 OPTIONAL = ("pyseccomp",)
 DEPENDENCIES = ("cryptography", "msgspec", "numpy", "rfc8785", "safetensors", "torch")

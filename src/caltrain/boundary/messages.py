@@ -7,7 +7,7 @@ call the host: to read or write bytes that the host stores for it, to report pro
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import msgspec
 from msgspec.msgpack import Decoder
@@ -35,12 +35,13 @@ class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field
 class Boot(Message, frozen=True, tag="boot"):
     """First message: what the launcher gives. With simulated evidence, the development root's secret.
 
-    `wheel` holds the stages of the plan's model, if it has any: it is measured before any message is read.
+    `wheel` holds the stages of the model, if it has any: it is measured before any message is read.
     """
 
     kind: Annotated[str, msgspec.Meta(max_length=40)]
     root_secret: Annotated[bytes, msgspec.Meta(min_length=32, max_length=32)]
     wheel: Annotated[bytes, msgspec.Meta(max_length=MAX_WHEEL_BYTES)] = b""
+    role: Literal["training", "serving"] = "training"
 
 
 class Configure(Message, frozen=True, tag="configure"):

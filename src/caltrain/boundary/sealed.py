@@ -26,12 +26,12 @@ from caltrain.records.commitment import PartyName, RecordRef, ShardId
 MAX_SEALED = 48 << 20
 MAX_QUESTIONS = 1024
 Key = Annotated[bytes, msgspec.Meta(min_length=KEY_BYTES, max_length=KEY_BYTES)]
-SealedKind = Literal["provision", "rejoin", "query"]
+SealedKind = Literal["provision", "rejoin", "query", "grant", "session"]
 T = TypeVar("T")
 
 
 class SealedMessage(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Signed by the sender (DSSE kind `provision`, `rejoin` or `query`)."""
+    """Signed by the sender (DSSE kind: a `SealedKind`)."""
 
     sender: PartyName
     nonce: Nonce

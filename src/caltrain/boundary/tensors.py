@@ -19,8 +19,13 @@ from caltrain.models.spec import MAX_LIVE
 from caltrain.records.commitment import ShardId
 
 Role = Literal["ir", "labels", "center-out", "center-grad", "ir-grad", "loss", "eval-ir", "eval-out"]
-Element = Literal["f32", "i64"]
-_DTYPES: dict[Element, torch.dtype] = {"f32": torch.float32, "i64": torch.int64}
+Element = Literal["f32", "i64", "bf16", "i8"]
+_DTYPES: dict[Element, torch.dtype] = {
+    "f32": torch.float32,
+    "i64": torch.int64,
+    "bf16": torch.bfloat16,
+    "i8": torch.int8,
+}
 _NAMES: dict[torch.dtype, Element] = {dtype: name for name, dtype in _DTYPES.items()}
 _Extent = Annotated[int, msgspec.Meta(ge=0, le=1 << 40)]
 _Extents = Annotated[tuple[_Extent, ...], msgspec.Meta(max_length=5)]
@@ -73,8 +78,8 @@ def flatten(tensor: Tensor) -> tuple[Tensor, memoryview]:
 
 
 def _bytes_of(flat: Tensor) -> memoryview:
-    array: Any = flat.numpy()
-    return memoryview(array).cast("B")
+    array: Any = flat.view(torch.uint8).numpy()
+    return memoryview(array)
 
 
 def layout_of(tensor: Tensor) -> Layout:

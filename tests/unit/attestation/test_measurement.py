@@ -202,3 +202,30 @@ def test_a_measured_file_imports_no_unmeasured_one(file: Path) -> None:
     measured = {f"caltrain.{entry.removesuffix('.py').replace('/', '.')}" for entry in INSIDE}
     ours = {name for name in imports(file) if name.startswith("caltrain.")}
     assert not {name for name in ours if not {name, *above(name)} & measured}
+
+
+def reached(start: Path) -> set[Path]:
+    """All our files that an import of `start` runs, its own and those of the packages around them."""
+    found, due = set[Path](), [start]
+    while due:
+        file = due.pop()
+        if file in found or not file.is_file():
+            continue
+        found.add(file)
+        ours = {name for name in imports(file) if name.startswith("caltrain.")}
+        for name in ours.union(*map(above, ours)):
+            path = PACKAGE.joinpath(*name.split(".")[1:])
+            due += [path.with_suffix(".py"), path / "__init__.py"]
+    return found
+
+
+def test_all_that_the_enclave_program_imports_is_measured_in_both_of_its_roles() -> None:
+    program = reached(PACKAGE / "enclave" / "__main__.py")
+    names = {file.relative_to(PACKAGE).as_posix() for file in program}
+    assert names >= {
+        *("enclave/session.py", "enclave/serve.py", "enclave/infer.py", "boundary/serving.py"),
+        *(f"serving/{name}.py" for name in ("__init__", "package", "precision", "session")),
+    }
+    assert program <= set(inside_files())
+    of_serving = {name for name in names if name.startswith("serving/")}
+    assert of_serving == {entry for entry in INSIDE if entry.startswith("serving/")}  # and no more than it needs

@@ -1,0 +1,1 @@
+"""What owner, enclave, host and users of a served model agree on: package, session, protocol. Needs no torch."""
