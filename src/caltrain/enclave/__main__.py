@@ -20,6 +20,7 @@ from caltrain.boundary.ring import Ring, Side
 from caltrain.crypto.digests import to_text
 from caltrain.crypto.dsse import SigningKey
 from caltrain.enclave.sandbox import lock_down
+from caltrain.enclave.serve import serving_main
 from caltrain.enclave.session import enclave_main
 from caltrain.errors import CaltrainError, ConfigError, ProtocolError
 from caltrain.training.allocator import keep_freed_memory
@@ -55,7 +56,8 @@ def main(arguments: list[str]) -> int:
         states: dict[str, str] = {measure.name: measure.state for measure in sandbox.measures}
         channel.send(Ready(measurement, simulated=True, sandbox=states))
         attester = SimulatedAttester(SigningKey(boot.root_secret), measurement=measurement)
-        enclave_main(channel, attester, storage, wheel=boot.wheel)
+        run = serving_main if boot.role == "serving" else enclave_main
+        run(channel, attester, storage, wheel=boot.wheel)
     except CaltrainError as error:
         if error.code == "door.closed":  # the host is gone: there is nobody left to tell
             return 0

@@ -15,10 +15,15 @@ MAX_PENDING = 4096
 
 
 class Vault:
-    """Made once at start; what is written of it is sealed in a checkpoint."""
+    """Made once at start; what is written of it is sealed in a checkpoint.
 
-    def __init__(self, attester: Attester) -> None:
+    Nonces of training are bounded by its parties' patience, those of a service by `most_used`: then they are forgotten
+    with the encryption key that they were answered for, so that what was sealed for them opens nowhere.
+    """
+
+    def __init__(self, attester: Attester, *, most_used: int | None = None) -> None:
         self.attester = attester
+        self._most_used = most_used
         self.encryption = HpkePrivateKey()
         self.signing = SigningKey()
         self.run = os.urandom(16).hex()
@@ -29,6 +34,8 @@ class Vault:
 
     def attest(self, purpose: Purpose, *, plan: str, nonce: str) -> EvidenceBundle:
         """Evidence for one nonce. Raises ProtocolError `nonce.reused`: a nonce is answered once."""
+        if self._most_used is not None and len(self._used) >= self._most_used:
+            self._renew()  # not when a nonce is used: its message is yet to be opened
         if nonce in self._pending or nonce in self._used:
             raise _nonce("nonce.reused", "this nonce was already answered", "attest")
         binding = Binding(
@@ -42,6 +49,11 @@ class Vault:
             self._pending.popitem(last=False)
         self._pending[nonce] = binding
         return EvidenceBundle(binding=binding, evidence=self.attester.evidence(binding.report_data()))
+
+    def _renew(self) -> None:
+        self.encryption = HpkePrivateKey()
+        self._pending.clear()
+        self._used.clear()
 
     def take_over(self, run: str, signing: SigningKey, parties: dict[str, PartySecret]) -> None:
         """Go on as the enclave that began this run: its name, its signing key, what it was given."""

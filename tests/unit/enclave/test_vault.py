@@ -131,3 +131,40 @@ def test_every_enclave_has_secrets_of_its_own() -> None:
         assert one.randomness != other.randomness
     assert len(vaults[0].randomness) == 32
     assert len(bytes.fromhex(vaults[0].run)) == 16
+
+
+def test_a_vault_that_has_used_as_many_nonces_as_it_may_forgets_them_with_its_key() -> None:
+    vault = Vault(ATTESTER, most_used=3)
+    first = attest(vault, 0)
+    attest(vault, 9)
+    for number in range(3):
+        if number:
+            attest(vault, number)
+        assert vault.redeem(message(number), "training").encryption_key == first.encryption_key
+    assert vault.encryption.public == first.encryption_key  # the last message is yet to be opened
+    renewed = attest(vault, 0)
+    assert renewed.encryption_key == vault.encryption.public != first.encryption_key
+    assert renewed.signing_key == first.signing_key
+    refused(vault, 9)
+
+
+def test_nonces_that_were_answered_before_do_not_carry_a_vault_past_its_limit() -> None:
+    vault = Vault(ATTESTER, most_used=3)
+    key = attest(vault, 0).encryption_key
+    for number in range(1, 6):
+        attest(vault, number)
+    for number in range(5):
+        assert vault.redeem(message(number), "training").encryption_key == key
+    assert attest(vault, 6).encryption_key != key
+    refused(vault, 5)
+
+
+def test_a_vault_of_training_keeps_its_key_and_its_nonces() -> None:
+    vault = Vault(ATTESTER)
+    key = vault.encryption.public
+    for number in range(100):
+        attest(vault, number)
+        vault.redeem(message(number), "training")
+    assert vault.encryption.public == key
+    with pytest.raises(ProtocolError, match=r"^nonce\.reused: "):
+        attest(vault, 0)
