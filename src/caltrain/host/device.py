@@ -34,7 +34,13 @@ class Device:
 
         Raises ConfigError `device.not-allowed`, `device.none`.
         """
-        allowed, present = plan.center.device == "any", torch.cuda.is_available()
+        name = cls.pick(choice, allowed=plan.center.device == "any").name
+        return cls(name, bf16=plan.center.precision == "bf16")
+
+    @classmethod
+    def pick(cls, choice: Choice, *, allowed: bool) -> Device:
+        """In float32; `allowed`: whether the parties, or a package's owner, allow another place than the CPU."""
+        present = torch.cuda.is_available()
         if choice == "cuda" and not (allowed and present):
             raise ConfigError(
                 "device.none" if allowed else "device.not-allowed",
@@ -42,8 +48,7 @@ class Device:
                 step="choose device",
                 fix="Use --device auto." if allowed else "Agree on [center] device = 'any', without an audit.",
             )
-        cuda = choice != "cpu" and allowed and present
-        return cls("cuda" if cuda else "cpu", bf16=plan.center.precision == "bf16")
+        return cls("cuda" if choice != "cpu" and allowed and present else "cpu")
 
     def bring(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Tensors to the device, from pinned memory so that copying and computing overlap."""

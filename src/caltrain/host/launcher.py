@@ -106,12 +106,12 @@ class Enclave:
                 self._lock.release()
         else:
             self.process.kill()  # the thread that converses sees the stream end
-        _end(self.process)
+        end_program(self.process)
 
     def _died(self) -> EnvironmentFault:
         return EnvironmentFault(
             "enclave.died",
-            f"the enclave program has ended (exit status {_end(self.process)})",
+            f"the enclave program has ended (exit status {end_program(self.process)})",
             step="converse with the enclave",
             fix="Read enclave.log in the host's folder, stop the host and serve the folder again with --resume: "
             "what was not checkpointed is trained again.",
@@ -200,6 +200,23 @@ def launch(
 
     `log` is a descriptor for its standard error. Raises EnvironmentFault `enclave.did-not-start`.
     """
+    process, channel, ready = start_program(
+        Boot("simulated", root_secret, wheel),
+        slot_bytes=slot_bytes,
+        threads=threads,
+        log=log,
+        serve=lambda stream: _serve_until_closed(store, stream),
+    )
+    return Enclave(process, channel, store, ready, on_progress, on_events)
+
+
+def start_program(
+    boot: Boot, *, slot_bytes: int, threads: int, log: int, serve: Callable[[Channel], None]
+) -> tuple[subprocess.Popen[bytes], Channel, Ready]:
+    """Start the program and wait for its first words. `serve` answers its storage stream, in a thread of its own.
+
+    Raises EnvironmentFault `enclave.did-not-start`.
+    """
     (ours, theirs), (our_storage, their_storage) = socket.socketpair(), socket.socketpair()
     ring_fd = create_ring_memory(slot_bytes)
     environment = enclave_environment(threads)
@@ -221,11 +238,9 @@ def launch(
         their_storage.close()
         os.close(ring_fd)
     channel = Channel(ours, ring)
-    threading.Thread(
-        target=_serve_until_closed, args=(store, Channel(our_storage)), name="storage", daemon=True
-    ).start()
+    threading.Thread(target=serve, args=(Channel(our_storage),), name="storage", daemon=True).start()
     try:
-        channel.send(Boot("simulated", root_secret, wheel))
+        channel.send(boot)
         ready = channel.receive(REPLIES_AND_CALLS)
         if not isinstance(ready, Ready):
             raise _misbehaves("its first words are not Ready")
@@ -233,14 +248,14 @@ def launch(
         channel.close()
         raise EnvironmentFault(
             "enclave.did-not-start",
-            f"the enclave program ended at once (exit status {_end(process)}): {error.what}",
+            f"the enclave program ended at once (exit status {end_program(process)}): {error.what}",
             step="launch enclave",
             fix="Read enclave.log in the host's folder; `caltrain doctor` says what the sandbox needs.",
         ) from error
-    return Enclave(process, channel, store, ready, on_progress, on_events)
+    return process, channel, ready
 
 
-def _end(process: subprocess.Popen[bytes]) -> int:
+def end_program(process: subprocess.Popen[bytes]) -> int:
     """Exit status of a program whose stream has ended; one that goes on all the same is killed."""
     try:
         return process.wait(timeout=_STOP_SECONDS)

@@ -1,0 +1,1 @@
+"""The host's side of confidential inference: launches serving enclaves, batches sealed requests, runs CenterNets."""
