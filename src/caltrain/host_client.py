@@ -26,6 +26,8 @@ from caltrain.errors import (
 MAX_ARTIFACT = 8 << 30
 _RETRIES = 7
 _STEP = "talk to host"
+UNREACHABLE = (httpx.TransportError, UnicodeError)
+"""What a call raises without an answer. UnicodeError: a host name that cannot be one."""
 T = TypeVar("T")
 
 
@@ -62,18 +64,7 @@ class HostClient:
     """A connection to one host. `transport` is for tests. Raises ConfigError `host.bad-address`."""
 
     def __init__(self, url: str, *, transport: httpx.BaseTransport | None = None) -> None:
-        timeout = httpx.Timeout(60, connect=10)
-        # trust_env off: proxies from the environment have no business between a party and its host.
-        # No compression: a few bytes of it could unpack into more memory than there is.
-        plain = {"Accept-Encoding": "identity"}
-        try:
-            self._http = httpx.Client(
-                base_url=url, headers=plain, timeout=timeout, transport=transport, trust_env=False
-            )
-        except httpx.InvalidURL as error:
-            raise ConfigError(
-                "host.bad-address", f"{url[:200]!r}: {error}", step=_STEP, fix="Give it as http://ADDRESS:PORT."
-            ) from None
+        self._http = httpx.Client(**plain_http(url), transport=transport)
 
     def __enter__(self) -> Self:
         return self
@@ -85,12 +76,16 @@ class HostClient:
 
     def get(self, path: str, type_: type[T], *, params: dict[str, str] | None = None) -> T:
         """GET JSON of a known type."""
-        return _decode(self._call("GET", path, params=params), type_)
+        return read_json(self._call("GET", path, params=params), type_)
+
+    def check(self, path: str) -> None:
+        """GET what has no content: raises the host's error, if it answers with one."""
+        self._call("GET", path)
 
     def post(self, path: str, envelope: Envelope | None, type_: type[T]) -> T:
         """POST a signed envelope, get JSON of a known type."""
         body = b"" if envelope is None else msgspec.json.encode(envelope)
-        return _decode(self._call("POST", path, content=body), type_)
+        return read_json(self._call("POST", path, content=body), type_)
 
     def post_bytes(self, path: str, envelope: Envelope, *, limit: int) -> bytes:
         """POST a signed envelope, get bytes."""
@@ -152,16 +147,11 @@ class HostClient:
         while True:
             try:
                 status, body = self._once(method, path, limit, options)
-            except (httpx.TransportError, UnicodeError) as error:  # UnicodeError: a host name that cannot be one
-                raise EnvironmentFault(
-                    "host.unreachable",
-                    f"no answer from the host: {type(error).__name__}: {error}",
-                    step=_STEP,
-                    fix="Check the address, and that the host is running.",
-                ) from error
+            except UNREACHABLE as error:
+                raise unreachable(error) from error
             if 200 <= status < 300:
                 return body
-            failure = _failure(status, body)
+            failure = read_failure(status, body)
             if failure.code != "enclave.busy" or retries == 0:
                 raise failure
             retries -= 1
@@ -169,31 +159,66 @@ class HostClient:
 
     def _once(self, method: str, path: str, limit: int, options: dict[str, Any]) -> tuple[int, bytes]:
         with self._http.stream(method, path, **options) as response:
-            body, encoding = bytearray(), response.headers.get("Content-Encoding", "identity")
-            if encoding != "identity":
-                raise _garbage(f"an answer packed with {encoding[:40]!r}, which was not asked for")
+            check_plain(response)
+            body = bytearray()
             for chunk in response.iter_bytes():
                 body += chunk
                 if len(body) > limit:
-                    raise _garbage(f"more than {limit} bytes for {path}")
+                    raise garbage(f"more than {limit} bytes for {path}")
             return response.status_code, bytes(body)
 
 
-def _decode(body: bytes, type_: type[T]) -> T:
+def plain_http(url: str) -> dict[str, Any]:
+    """How every client of a host is set up. Raises ConfigError `host.bad-address`."""
+    try:
+        base = httpx.URL(url)
+    except httpx.InvalidURL as error:
+        raise ConfigError(
+            "host.bad-address", f"{url[:200]!r}: {error}", step=_STEP, fix="Give it as http://ADDRESS:PORT."
+        ) from None
+    # trust_env off: proxies from the environment have no business between a party and its host.
+    # No compression: a few bytes of it could unpack into more memory than there is.
+    plain = {"Accept-Encoding": "identity"}
+    return {"base_url": base, "headers": plain, "timeout": httpx.Timeout(60, connect=10), "trust_env": False}
+
+
+def check_plain(response: httpx.Response) -> None:
+    """Raise ProtocolError `host.garbage` for a compressed answer, before any of it is read."""
+    encoding = response.headers.get("Content-Encoding", "identity")
+    if encoding != "identity":
+        raise garbage(f"an answer packed with {encoding[:40]!r}, which was not asked for")
+
+
+def unreachable(error: Exception) -> EnvironmentFault:
+    """The error for one of `UNREACHABLE`."""
+    return EnvironmentFault(
+        "host.unreachable",
+        f"no answer from the host: {type(error).__name__}: {error}",
+        step=_STEP,
+        fix="Check the address, and that the host is running.",
+    )
+
+
+def read_json(body: bytes, type_: type[T]) -> T:
+    """An answer of a known type. Raises ProtocolError `host.garbage`."""
     try:
         return json_decoder(type_).decode(body)
     except UNDECODABLE as error:
-        raise _garbage(str(error)) from None
+        raise garbage(str(error)) from None
 
 
-def _failure(status: int, body: bytes) -> CaltrainError:
+def read_failure(status: int, body: bytes) -> CaltrainError:
+    """The error that the host reports; `host.garbage` where it is not one."""
     try:
-        return from_wire(msgspec.json.decode(body, type=dict[str, dict[str, str]])["error"])
+        fields = msgspec.json.decode(body, type=dict[str, Any])
+        # Open Inference Protocol: `error` is a text for people, `detail` has the fields.
+        return from_wire(msgspec.convert(fields.get("detail", fields["error"]), dict[str, str]))
     except (*UNDECODABLE, KeyError):
-        return _garbage(f"HTTP status {status} without a readable error")
+        return garbage(f"HTTP status {status} without a readable error")
 
 
-def _garbage(what: str) -> ProtocolError:
+def garbage(what: str) -> ProtocolError:
+    """The error for an answer that no host of this version gives."""
     return ProtocolError(
         "host.garbage",
         f"the host's answer makes no sense: {what}",
