@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 from contextlib import suppress
-from pathlib import Path
 
 import msgspec
 import torch
 from torch import Tensor
 
+from caltrain.bench.memory import peak_mb
 from caltrain.bench.protected import protected_run
 from caltrain.bench.worker import Gate, Job, Peak, Stopped
 from caltrain.host.device import Device
@@ -51,7 +51,7 @@ def plain_way(job: Job, gate: Gate) -> Peak:
             seeds=RunSeeds.from_run_seed(bytes(32)),
             on_step=lambda *_: gate.step(),
         )
-    return Peak(peak_rss_mb=_peak_mb())
+    return Peak(peak_rss_mb=peak_mb(os.getpid()))
 
 
 def protected_way(job: Job, gate: Gate) -> Peak:
@@ -65,31 +65,7 @@ def protected_way(job: Job, gate: Gate) -> Peak:
                 run.train_epoch(epoch)
         images = preset.training.batch * max(1, center.steps)
         return Peak(
-            peak_rss_mb=_peak_mb(),
+            peak_rss_mb=peak_mb(os.getpid()),
             bytes_out_per_image=center.bytes_out / images,
             bytes_in_per_image=center.bytes_in / images,
         )
-
-
-def _peak_mb() -> float:
-    """High-water marks of the resident memory of this process and all that it started."""
-    parents = {int(path.parent.name): _parent(path) for path in Path("/proc").glob("[0-9]*/stat")}
-    family = {os.getpid()}
-    while grown := {child for child, parent in parents.items() if parent in family} - family:
-        family |= grown
-    return sum(_high_water(process) for process in family) / 1024
-
-
-def _parent(stat: Path) -> int:
-    try:
-        return int(stat.read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[1])
-    except OSError:  # it has ended since
-        return 0
-
-
-def _high_water(process: int) -> int:
-    try:
-        status = Path(f"/proc/{process}/status").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return 0
-    return sum(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM:"))

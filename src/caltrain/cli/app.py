@@ -7,11 +7,12 @@ from itertools import pairwise
 import typer
 
 from caltrain import __version__
-from caltrain.cli import bench, demo, doctor, exposure, host, party, plan, query
+from caltrain.cli import bench, demo, doctor, exposure, host, model, party, plan, predict, query, serving
 from caltrain.cli.output import Format, FormatOption, choose, emit, fail
 from caltrain.errors import CaltrainError, ConfigError, EnvironmentFault
 
-_START, _PARTY, _HOST, _USER, _MORE = "Start here", "Contributors", "The operator", "Model users, auditors", "More"
+_START, _PARTY, _HOST, _MORE = "Start here", "Contributors", "The operator", "More"
+_OWNER, _USER = "The owner of a served model", "Model users, auditors"
 
 app = typer.Typer(
     name="caltrain",
@@ -30,7 +31,12 @@ app.add_typer(plan.app, name="plan", rich_help_panel=_PARTY, short_help="check, 
 app.add_typer(party.app, name="party", rich_help_panel=_PARTY, short_help="keygen, seal, join, disclose")
 app.add_typer(host.app, name="host", rich_help_panel=_HOST, short_help="serve a run")
 app.add_typer(host.train_app, name="train", rich_help_panel=_HOST, short_help="start a run and watch it")
-app.command("predict", rich_help_panel=_USER, short_help="predict with a joined model, or sealed")(query.predict)
+app.command("serve", rich_help_panel=_HOST, short_help="serve packaged models")(serving.serve)
+app.add_typer(model.app, name="model", rich_help_panel=_OWNER, short_help="package a model, hand over its key")
+app.command("predict", rich_help_panel=_USER, short_help="sealed by an enclave, or with a joined model")(
+    predict.predict
+)
+app.command("proxy", rich_help_panel=_USER, short_help="plain Open Inference Protocol on this machine")(serving.proxy)
 app.command("trace", rich_help_panel=_USER, short_help="which records lie behind a prediction")(query.trace)
 app.command("verify", rich_help_panel=_USER, short_help="check a trace bundle, offline")(query.verify)
 app.add_typer(exposure.app, name="exposure", rich_help_panel=_USER, short_help="what each cut gives away, measured")

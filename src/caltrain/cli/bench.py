@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -15,6 +15,10 @@ from caltrain.cli.output import Format, FormatOption, choose, console, emit
 from caltrain.exposure.figures import BudgetName
 from caltrain.presets import Preset, StartName
 from caltrain.reports.plot import line_plot
+from caltrain.serving.package import Across, BatchSpec
+
+if TYPE_CHECKING:
+    from caltrain.bench.infer import InferenceReport
 
 app = typer.Typer(help="Measure; see docs/ for the figures and what they mean.", no_args_is_help=True)
 
@@ -101,6 +105,56 @@ def exposure(
     with ticking() as on_step:
         report = assess(model, asked=asked, targets=targets, threads=threads, clock=time.perf_counter, on_step=on_step)
     emit(report, title="Exposure assessment")
+
+
+@app.command()
+def infer(
+    model: Annotated[str, typer.Option(help="a preset's network or a Darknet .cfg (random weights), or a folder")] = (
+        "cifar10-18-layer"
+    ),
+    cuts: Annotated[list[int], typer.Option("--cut", min=1, help="layers in front; repeat")] = [4],  # noqa: B006
+    head: Annotated[int, typer.Option(min=0, help="layers of the HeadNet; 0: two-way")] = 2,
+    mapped: Annotated[bool, typer.Option("--mapped", help="the papers' class mapping unit inside")] = False,
+    concurrency: Annotated[list[int], typer.Option(min=1, help="closed-loop clients; repeat")] = [1, 8, 64],  # noqa: B006
+    rows: Annotated[int, typer.Option(min=1, max=256, help="most records of a batch")] = 32,
+    fixed: Annotated[bool, typer.Option("--fixed", help="batches padded to one size")] = False,
+    across: Annotated[Across, typer.Option(help="precision at the cuts")] = "f32",
+    rounds: Annotated[int, typer.Option(min=1, help="paired repeats")] = 5,
+    seconds: Annotated[float, typer.Option(min=0.5, help="of each way in a round")] = 8.0,
+    threads: Annotated[int, typer.Option(min=1, help="threads that compute, on either side")] = 2,
+    sweep_cuts: Annotated[bool, typer.Option("--sweep-cuts", help="a long run: cuts all over the network")] = False,
+    plot: Annotated[Path | None, typer.Option(help="with --sweep-cuts: write the ratios as SVG")] = None,
+    format_: FormatOption = Format.TEXT,
+) -> None:
+    """Protected inference beside plain PyTorch behind the same server: throughput, waits, and their ratio."""
+    from caltrain.bench.contest import contest, subject_for, sweep_of  # noqa: PLC0415  # torch
+    from caltrain.bench.infer import run as compare  # noqa: PLC0415
+
+    choose(format_)
+    subject, rows_found = subject_for(model), []
+    chosen = sweep_of(subject.spec, head) if sweep_cuts else cuts
+    batch = BatchSpec(rows=rows, fixed=fixed)
+    with _ticks(len(chosen) * len(concurrency) * (rounds + 1)) as tick:
+        for front in chosen:
+            made = contest(
+                subject, name=model, front=front, head=head, mapped=mapped, batch=batch, across=across, threads=threads
+            )
+            with made as pair:
+                rows_found += compare(
+                    pair, concurrency=concurrency, rounds=rounds, seconds=seconds, on_round=lambda: tick(0, 0)
+                )
+    if plot is not None:
+        plot.write_text(cost_plot(rows_found), encoding="utf-8")
+    emit({"rows": rows_found}, title="Inference (simulated enclave)")
+
+
+def cost_plot(rows: Sequence[InferenceReport]) -> str:
+    """Throughput of protected over plain inference by the number of layers inside, a line a concurrency, as SVG."""
+    lines = {
+        f"{clients} clients": [(row.cut, row.ratio) for row in rows if row.concurrency == clients]
+        for clients in dict.fromkeys(row.concurrency for row in rows)
+    }
+    return line_plot(lines, title=f"{rows[0].model}: throughput / plain", x="layers in front", y="ratio")
 
 
 def ratio_plot(rows: Sequence[TrainingReport]) -> str:

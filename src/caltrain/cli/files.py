@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
@@ -12,9 +13,12 @@ from caltrain.attestation.verify import Policy
 from caltrain.errors import DataError
 from caltrain.files import read_bounded, write_whole
 from caltrain.plan import MAX_PLAN_BYTES, Plan, parse_plan, parse_toml
+from caltrain.records.readers.bounds import MAX_ENCODED_BYTES
+from caltrain.records.readers.pictures import decode_images
 
 MAX_INPUT_BYTES = 2 << 30
 _MAX_HEADER = 4096
+_PICTURES = (".png", ".jpg", ".jpeg")
 
 
 def write_json(path: Path, value: object) -> None:
@@ -32,11 +36,26 @@ def read_policy(path: Path) -> Policy:
     return parse_toml(read_bounded(path, limit=MAX_PLAN_BYTES), Policy, what="policy")
 
 
-def read_inputs(path: Path, plan: Plan) -> NDArray[np.generic]:
-    """Inputs (N, C, H, W), or one (C, H, W), from a .npy file. Raises DataError `input.unreadable`.
+def read_inputs(paths: Sequence[Path]) -> NDArray[np.generic]:
+    """Inputs (N, C, H, W) from .npy files of (N, C, H, W) or (C, H, W), or from PNG and JPEG pictures, in order.
 
-    Whether shape and element type are the plan's, those who use the inputs check.
+    Raises DataError `input.unreadable`, `input.mixed`, `reader.*`. Whether shape and element type are those that the
+    model takes, those who use the inputs check.
     """
+    if any(path.suffix.lower() in _PICTURES for path in paths):
+        return decode_images(((path.name, read_bounded(path, limit=MAX_ENCODED_BYTES)) for path in paths), len(paths))
+    arrays = [_array(path) for path in paths]
+    if len({(array.shape[1:], array.dtype) for array in arrays}) != 1:
+        raise DataError(
+            "input.mixed",
+            "the files hold arrays of different shapes or element types",
+            step="read inputs",
+            fix="Ask about them one by one, or convert them to what the model takes.",
+        )
+    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+
+
+def _array(path: Path) -> NDArray[np.generic]:
     try:
         if path.stat().st_size > MAX_INPUT_BYTES:
             raise ValueError("larger than 2 GiB")
@@ -47,6 +66,6 @@ def read_inputs(path: Path, plan: Plan) -> NDArray[np.generic]:
             "input.unreadable",
             f"cannot read {path} as an array: {error}",
             step="read inputs",
-            fix=f"Save them with numpy.save as {plan.data.dtype} of shape (N, C, H, W) = (N, *{plan.data.shape}).",
+            fix="Save them with numpy.save as an array (N, C, H, W) of u8 or f32, as the model takes them.",
         ) from None
     return array[None] if array.ndim == 3 else array

@@ -1,4 +1,4 @@
-"""`caltrain predict`, `caltrain trace`, `caltrain verify`: a model user, and anybody who checks."""
+"""`caltrain trace`, `caltrain verify`: a model user, and anybody who checks."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Annotated
 
 import msgspec
+import numpy as np
 import typer
+from numpy.typing import NDArray
 
 from caltrain.auditor.bundle import MAX_BUNDLE_BYTES, read_bundle, verify_bundle
 from caltrain.auditor.collect import collect_bundle
@@ -19,7 +21,6 @@ from caltrain.crypto.dsse import Envelope
 from caltrain.errors import UNDECODABLE, ConfigError, IntegrityError
 from caltrain.files import read_bounded
 from caltrain.host_client import HostClient
-from caltrain.models.spec import MAX_WHEEL_BYTES
 from caltrain.participant.identity import load_identity
 from caltrain.plan import Plan, Right
 from caltrain.reports.terminal import center_note
@@ -30,35 +31,6 @@ HomeOption = Annotated[Path | None, typer.Option(help="the model user's folder")
 PlanOption = Annotated[Path | None, typer.Option(help="plan.toml")]
 PolicyOption = Annotated[Path | None, typer.Option(help="policy.toml: which enclaves this user accepts")]
 _SHOWN = 3
-
-
-def predict(
-    inputs: InputsArgument,
-    model: Annotated[Path | None, typer.Option(help="a party's joined model: its run folder")] = None,
-    wheel: Annotated[Path | None, typer.Option(help="with --model: the wheel of stages that its plan names")] = None,
-    url: UrlOption = "",
-    home: HomeOption = None,
-    plan: PlanOption = None,
-    policy: PolicyOption = None,
-    format_: FormatOption = Format.TEXT,
-) -> None:
-    """Predict with a joined model (--model), or sealed, by the enclave (--url, --home, --plan, --policy)."""
-    choose(format_)
-    if model is not None:
-        from caltrain.participant.model import load_model  # noqa: PLC0415  # torch, only where it is needed
-
-        joined = load_model(model, wheel=read_bounded(wheel, limit=MAX_WHEEL_BYTES) if wheel else None)
-        classes, probabilities = joined.predict(read_inputs(inputs, joined.plan))
-        names = [joined.plan.data.classes[int(c)] for c in classes]
-        simulated = joined.record.manifest.simulated
-        best = [round(float(p), 6) for p in probabilities.max(1)]
-    else:
-        answered, agreed = _ask("predict", inputs, url, home, plan, policy)
-        names = [agreed.data.classes[c] for c in answered.answers.predicted]
-        best, simulated = [max(row) for row in answered.answers.scores], answered.claims.simulated
-    if simulated:
-        say_simulated()
-    emit({"predicted": names, "probability": best, "simulated": simulated}, title="Predictions")
 
 
 def trace(
@@ -73,7 +45,7 @@ def trace(
 ) -> None:
     """Ask which training records lie behind the predictions for these inputs. Each input counts against the budget."""
     choose(format_)
-    answered, agreed = _ask("trace", inputs, url, home, plan, policy)
+    answered, agreed = ask_enclave("trace", read_inputs([inputs]), url, home, plan, policy)
     if out is not None:
         write_json(out / "traces.json", answered.traces)
         with HostClient(url) as host:
@@ -148,16 +120,12 @@ def _disclosures(path: Path) -> list[Envelope]:
         ) from None
 
 
-def _ask(
-    kind: Right, inputs: Path, url: str, home: Path | None, plan: Path | None, policy: Path | None
+def ask_enclave(
+    kind: Right, inputs: NDArray[np.generic], url: str, home: Path | None, plan: Path | None, policy: Path | None
 ) -> tuple[Answered, Plan]:
+    """Ask the enclave of a training run. Raises ConfigError `option.missing`, and what `ask` raises."""
     if not url or home is None or plan is None or policy is None:
-        raise ConfigError(
-            "option.missing",
-            "--url, --home, --plan and --policy are needed to ask an enclave",
-            step="read options",
-            fix="Give all four.",
-        )
+        raise missing("a host's address, --home, --plan and --policy are needed to ask an enclave")
     agreed, user = read_plan(plan), load_identity(home)
     with HostClient(url) as host:
         answered = ask(
@@ -167,7 +135,12 @@ def _ask(
             kind=kind,
             user=user.name,
             signer=user.signer,
-            inputs=read_inputs(inputs, agreed),
+            inputs=inputs,
             clock=lambda: datetime.now(UTC),
         )
     return answered, agreed
+
+
+def missing(what: str) -> ConfigError:
+    """The error for options that belong together."""
+    return ConfigError("option.missing", what, step="read options", fix="Give all of them.")

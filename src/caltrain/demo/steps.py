@@ -100,7 +100,7 @@ def predict(scene: Scene, run_folder: Path) -> tuple[Classes, Classes]:
     """Classes of the test set, and of the test set with the trigger, by a party's joined model."""
     test, classes = scene.scenario.test.images, scene.project.plan.data.classes
     inputs = _npy(scene, "test", np.concatenate((test, scene.scenario.attack.stamp(test))))
-    named = scene.members.start("predict", "predict", inputs, "--model", run_folder).result()["predicted"]
+    named = scene.members.start("predict", "predict", run_folder, inputs).result()["predicted"]
     found = np.array([classes.index(name) for name in named], np.int64)
     return found[: len(test)], found[len(test) :]
 

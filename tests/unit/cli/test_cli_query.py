@@ -12,6 +12,7 @@ import msgspec
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from caltrain.attestation.verify import Claims
 from caltrain.auditor.bundle import TraceBundle, Verified, verify_bundle
@@ -78,7 +79,7 @@ def test_predict_with_a_joined_model(
     simulated: bool, named: int, project: Project, inputs: Path, tmp_path: Path, cli: Cli
 ) -> None:
     folder = joined(tmp_path / "run", project.plan, simulated=simulated)
-    shown = cli("predict", inputs, "--model", folder, as_json=True)
+    shown = cli("predict", folder, inputs, as_json=True)
     assert shown.code == 0
     found = shown.json
     assert set(found) == {"predicted", "probability", "simulated"}
@@ -86,18 +87,18 @@ def test_predict_with_a_joined_model(
     assert set(found["predicted"]) <= set(project.plan.data.classes)
     assert all(0.1 <= p <= 1 for p in found["probability"])
     assert found["simulated"] is simulated
-    assert cli("predict", inputs, "--model", folder).out.count("simulated enclave") == named
+    assert cli("predict", folder, inputs).out.count("simulated enclave") == named
 
 
 def test_one_input_needs_no_batch(project: Project, inputs: Path, tmp_path: Path, cli: Cli) -> None:
     folder, one = joined(tmp_path / "run", project.plan), tmp_path / "one.npy"
     np.save(one, INPUTS[1])
-    both = [cli("predict", path, "--model", folder, as_json=True).json["predicted"] for path in (inputs, one)]
+    both = [cli("predict", folder, path, as_json=True).json["predicted"] for path in (inputs, one)]
     assert both[1] == both[0][1:2]
 
 
 def test_a_folder_without_a_model_is_refused(inputs: Path, tmp_path: Path, cli: Cli) -> None:
-    shown = cli("predict", inputs, "--model", tmp_path, as_json=True)
+    shown = cli("predict", tmp_path, inputs, as_json=True)
     assert (shown.code, shown.error["code"]) == (10, "model.unreadable")
 
 
@@ -163,7 +164,7 @@ def test_a_file_that_is_no_plain_array_is_refused(
         path.write_bytes(content)
     else:
         content(path)
-    shown = cli("predict", path, "--model", folder, as_json=True)
+    shown = cli("predict", folder, path, as_json=True)
     assert (shown.code, shown.error["code"]) == (11, "input.unreadable")
     assert "u8" in shown.error["fix"]
     assert not (tmp_path / "exploded").exists()
@@ -180,7 +181,7 @@ def test_a_file_over_the_limit_is_not_read(
     project: Project, inputs: Path, tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(files, "MAX_INPUT_BYTES", inputs.stat().st_size - 1)
-    shown = cli("predict", inputs, "--model", joined(tmp_path / "run", project.plan), as_json=True)
+    shown = cli("predict", joined(tmp_path / "run", project.plan), inputs, as_json=True)
     assert (shown.code, shown.error["code"]) == (11, "input.unreadable")
 
 
@@ -190,7 +191,7 @@ def test_inputs_of_another_shape_or_type_are_refused(
 ) -> None:
     np.save(tmp_path / "inputs.npy", array)
     folder = joined(tmp_path / "run", project.plan)
-    shown = cli("predict", tmp_path / "inputs.npy", "--model", folder, as_json=True)
+    shown = cli("predict", folder, tmp_path / "inputs.npy", as_json=True)
     assert (shown.code, shown.error["code"]) == (11, "predict.shape")
 
 
@@ -209,16 +210,54 @@ def asking(project: Project, *, leave_out: str = "") -> list[str | Path]:
     return words
 
 
-@pytest.mark.parametrize("leave_out", EVIDENCE_OPTIONS)
-def test_a_question_needs_host_keys_plan_and_policy(leave_out: str, project: Project, inputs: Path, cli: Cli) -> None:
-    shown = cli("predict", inputs, *asking(project, leave_out=leave_out), as_json=True)
+def commands(project: Project, inputs: Path, *, leave_out: str = "") -> dict[str, list[str | Path]]:
+    """Both questions that a user can put to an enclave, without one of the options."""
+    words = asking(project, leave_out=leave_out)
+    without_url = words[2:] if leave_out != "--url" else words
+    return {"predict": ["predict", "http://127.0.0.1:1", inputs, *without_url], "trace": ["trace", inputs, *words]}
+
+
+@pytest.mark.parametrize(
+    ("command", "leave_out"),
+    [("trace", option) for option in EVIDENCE_OPTIONS if option != "--url"]
+    + [("predict", option) for option in ("--home", "--plan", "--policy")],
+)
+def test_a_question_needs_keys_plan_and_policy(
+    command: str, leave_out: str, project: Project, inputs: Path, cli: Cli
+) -> None:
+    shown = cli(*commands(project, inputs, leave_out=leave_out)[command], as_json=True)
     assert (shown.code, shown.error["code"]) == (10, "option.missing")
 
 
 def test_a_question_without_a_host_is_a_named_error(project: Project, inputs: Path, cli: Cli) -> None:
-    for command in ("predict", "trace"):
-        shown = cli(command, inputs, *asking(project), as_json=True)
+    for words in commands(project, inputs).values():
+        shown = cli(*words, as_json=True)
         assert (shown.code, shown.error["code"]) == (18, "host.unreachable")
+
+
+def test_inputs_from_several_files_are_asked_about_in_their_order(
+    project: Project, inputs: Path, tmp_path: Path, cli: Cli
+) -> None:
+    folder, one = joined(tmp_path / "run", project.plan), tmp_path / "one.npy"
+    np.save(one, INPUTS[1])
+    found = cli("predict", folder, one, inputs, as_json=True).json["predicted"]
+    assert found[1:] == cli("predict", folder, inputs, as_json=True).json["predicted"]
+    assert found[0] == found[2]
+
+
+def test_pictures_are_inputs(project: Project, inputs: Path, tmp_path: Path, cli: Cli) -> None:
+    folder = joined(tmp_path / "run", project.plan)
+    for number, picture in enumerate(INPUTS):
+        Image.fromarray(picture[0]).save(tmp_path / f"{number}.png")
+    by_picture = cli("predict", folder, *(tmp_path / f"{number}.png" for number in range(3)), as_json=True)
+    assert by_picture.json == cli("predict", folder, inputs, as_json=True).json
+
+
+def test_files_that_do_not_go_together_are_refused(project: Project, inputs: Path, tmp_path: Path, cli: Cli) -> None:
+    folder, other = joined(tmp_path / "run", project.plan), tmp_path / "other.npy"
+    np.save(other, INPUTS.astype(np.float32))
+    shown = cli("predict", folder, inputs, other, as_json=True)
+    assert (shown.code, shown.error["code"]) == (11, "input.mixed")
 
 
 def answered(kind: str, count: int, *, simulated: bool = True) -> Answered:
@@ -270,11 +309,11 @@ def test_predict_asks_the_enclave(
     simulated: bool, named: int, project: Project, inputs: Path, enclave: dict[str, Any], cli: Cli
 ) -> None:
     enclave["simulated"] = simulated
-    shown = cli("predict", inputs, *asking(project), as_json=True)
+    shown = cli(*commands(project, inputs)["predict"], as_json=True)
     assert shown.json == {"predicted": ["7"] * 3, "probability": [0.9] * 3, "simulated": simulated}
     assert (enclave["kind"], enclave["user"], enclave["plan"]) == ("predict", "analyst", project.plan)
     assert (enclave["inputs"] == INPUTS).all()
-    assert cli("predict", inputs, *asking(project)).out.count("simulated enclave") == named
+    assert cli(*commands(project, inputs)["predict"]).out.count("simulated enclave") == named
 
 
 @pytest.mark.parametrize(("simulated", "named"), [(True, 1), (False, 0)])
