@@ -25,7 +25,7 @@ from caltrain.crypto.aead import TAG_BYTES
 from caltrain.crypto.dsse import SigningKey
 from caltrain.errors import EnvironmentFault
 from caltrain.host_client import HostClient
-from caltrain.owner.grant import grant
+from caltrain.owner.grant import await_enclave, grant
 from caltrain.serving.folder import open_folder
 from caltrain.serving.oip import pack_sealed
 from caltrain.serving.package import Package
@@ -33,7 +33,7 @@ from caltrain.serving.session import SessionRequest
 
 CLIENTS_A_SESSION = 8
 USER = "user"
-_START_SECONDS = 120
+_TRIES = 1200
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def grant_key(contest: Contest, url: str) -> None:
     """As the owner, hand over the key once the enclave waits for it. Raises what `grant` does."""
     with HostClient(url) as host:
         package = contest.manifest()
-        _wait_for_enclave(host, package)
+        await_enclave(host, package, tries=_TRIES, pause=lambda: time.sleep(0.1))
         grant(
             host,
             package,
@@ -119,23 +119,10 @@ def grant_key(contest: Contest, url: str) -> None:
         )
 
 
-def _wait_for_enclave(host: HostClient, package: Package) -> None:
-    deadline = time.monotonic() + _START_SECONDS
-    while True:
-        try:
-            host.check(f"/v2/models/{package.terms.name}/ready")
-        except EnvironmentFault as error:
-            if error.code == "serving.no-key":
-                return
-            if time.monotonic() > deadline:
-                raise
-        time.sleep(0.1)
-
-
 def open_plain(contest: Contest, url: str) -> None:
     package = contest.manifest()
     with HostClient(url) as host:
-        _wait_for_enclave(host, package)
+        await_enclave(host, package, tries=_TRIES, pause=lambda: time.sleep(0.1))
         host.post_bytes(f"/v2/models/{package.terms.name}/grant", contest.owner.sign("grant", {}), limit=1 << 20)
 
 

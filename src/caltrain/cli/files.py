@@ -10,14 +10,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from caltrain.attestation.verify import Policy
-from caltrain.errors import DataError
+from caltrain.errors import UNDECODABLE, ConfigError, DataError
 from caltrain.files import read_bounded, write_whole
+from caltrain.participant.identity import PublicIdentity
 from caltrain.plan import MAX_PLAN_BYTES, Plan, parse_plan, parse_toml
 from caltrain.records.readers.bounds import MAX_ENCODED_BYTES
 from caltrain.records.readers.pictures import decode_images
 
 MAX_INPUT_BYTES = 2 << 30
 _MAX_HEADER = 4096
+_MAX_IDENTITY = 1 << 16
 _PICTURES = (".png", ".jpg", ".jpeg")
 
 
@@ -34,6 +36,22 @@ def read_plan(path: Path) -> Plan:
 def read_policy(path: Path) -> Policy:
     """An attestation policy from TOML."""
     return parse_toml(read_bounded(path, limit=MAX_PLAN_BYTES), Policy, what="policy")
+
+
+def read_key(text: str) -> str:
+    """A public key as it is written, or out of an identity.json. Raises ConfigError `key.unreadable`."""
+    if text.startswith("ed25519:"):
+        return text
+    try:
+        raw = read_bounded(Path(text), limit=_MAX_IDENTITY)
+        return msgspec.json.decode(raw, type=PublicIdentity).public_key
+    except UNDECODABLE as error:
+        raise ConfigError(
+            "key.unreadable",
+            f"{text[:200]!r} holds no public key: {str(error)[:200]}",
+            step="read key",
+            fix="Give the key, ed25519:..., or the path of its owner's identity.json.",
+        ) from None
 
 
 def read_inputs(paths: Sequence[Path]) -> NDArray[np.generic]:

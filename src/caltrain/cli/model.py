@@ -12,7 +12,7 @@ import msgspec
 import typer
 
 from caltrain.attestation.verify import Claims
-from caltrain.cli.files import read_policy, write_json
+from caltrain.cli.files import read_key, read_policy, write_json
 from caltrain.cli.output import Format, FormatOption, choose, emit, say, say_simulated
 from caltrain.errors import UNDECODABLE, ConfigError
 from caltrain.files import read_bounded
@@ -36,6 +36,7 @@ HomeOption = Annotated[Path, typer.Option(help="the owner's folder (`caltrain pa
 PackageArgument = Annotated[Path, typer.Argument(help="a package's folder")]
 UserOption = Annotated[list[str], typer.Option(help="IDENTITY.JSON:RECORDS, who may ask about how many; repeat")]
 _MAX_IDENTITY = 1 << 16
+_PAUSE_SECONDS, _TRIES = 0.5, 240
 
 
 @app.command()
@@ -46,11 +47,11 @@ def package(
     cut: Annotated[int, typer.Option(min=1, help="layers of the FrontNet")],
     out: Annotated[Path, typer.Option(help="folder for the package")],
     user: UserOption = [],  # noqa: B006
-    issuer: Annotated[str, typer.Option(help="key that signs credentials of further users")] = "",
+    issuer: Annotated[str, typer.Option(help="key or identity.json of who names further users")] = "",
     head: Annotated[int, typer.Option(min=0, help="layers of the HeadNet: ternary form")] = 0,
     mapped: Annotated[bool, typer.Option("--mapped", help="keep secret which output is which class")] = False,
     exposure: Annotated[Path | None, typer.Option(help="folder of the signed assessment of this model")] = None,
-    exposure_key: Annotated[str, typer.Option(help="the key that signed it; default: the owner's")] = "",
+    exposure_key: Annotated[str, typer.Option(help="key or identity.json of who signed it; default: the owner")] = "",
     unassessed: Annotated[bool, typer.Option("--unassessed", help="without one: nobody knows what leaks")] = False,
     revision: Annotated[int, typer.Option(min=1, help="the version that clients see")] = 1,
     rows: Annotated[int, typer.Option(min=1, max=256, help="most records of a batch, and of a request")] = 32,
@@ -83,7 +84,7 @@ def package(
 
     code = read_bounded(wheel, limit=MAX_WHEEL_BYTES) if wheel else b""
     subject = open_subject(model, weights=weights, wheel=code or None)
-    key = exposure_key or owner.signer.public
+    key = read_key(exposure_key) if exposure_key else owner.signer.public
     basis = read_basis(exposure, model=subject.digest, key=key, front=cut) if exposure else None
     terms = _terms(
         name=name,
@@ -97,7 +98,7 @@ def package(
         top=top or None,
         batch=BatchSpec(rows=rows, fixed=fixed, delay_ms=delay_ms),
         users=users,
-        issuer=issuer or None,
+        issuer=read_key(issuer) if issuer else None,
         measurement=measurement or measure_enclave(),
         exposure=basis,
     )
@@ -109,12 +110,12 @@ def package(
 @app.command()
 def show(
     folder: PackageArgument,
-    owner: Annotated[str, typer.Option(help="the key that must have signed it; default: whichever did")] = "",
+    owner: Annotated[str, typer.Option(help="key or identity.json of who must have signed it")] = "",
     format_: FormatOption = Format.TEXT,
 ) -> None:
     """Check a package's signature and parts, and say what it promises."""
     choose(format_)
-    opened = open_folder(folder, owner or None)
+    opened = open_folder(folder, read_key(owner) if owner else None)
     _say_basis(opened.package.terms.exposure)
     if not owner:
         say("signed by the owner that it names itself; give --owner to check whose it is")
@@ -131,12 +132,15 @@ def grant(
     format_: FormatOption = Format.TEXT,
 ) -> None:
     """Verify the serving enclave's evidence and hand it the package's key. All budgets begin anew with it."""
-    from caltrain.owner.grant import grant as hand_over  # noqa: PLC0415  # torch
-    from caltrain.owner.grant import watch as hand_over_again  # noqa: PLC0415
+    from caltrain.owner.grant import await_enclave, watch_enclave  # noqa: PLC0415  # torch
+    from caltrain.owner.grant import grant as hand_over  # noqa: PLC0415
 
     choose(format_)
     owner, accepted = load_identity(home), read_policy(policy)
     given = open_folder(folder, owner.signer.public).package
+
+    def pause() -> None:
+        time.sleep(_PAUSE_SECONDS)
 
     def told(claims: Claims) -> None:
         if claims.simulated:
@@ -153,9 +157,10 @@ def grant(
             data_key=owner.data_key,
             clock=lambda: datetime.now(UTC),
         )
+        await_enclave(host, given, tries=_TRIES, pause=pause)
         claims = again()
         told(claims)
-        hand_over_again(host, given, again, at_most=watch, pause=lambda: time.sleep(0.5), on_grant=told)
+        watch_enclave(host, given, again, at_most=watch, pause=pause, on_grant=told)
     emit({"package": given.digest(), "measurement": claims.measurement, "simulated": claims.simulated}, title="Granted")
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import typer
 from numpy.typing import NDArray
 
-from caltrain.cli.files import read_inputs, read_policy
+from caltrain.cli.files import read_inputs, read_key, read_policy
 from caltrain.cli.output import Format, FormatOption, choose, emit, say_simulated
 from caltrain.cli.query import ask_enclave, missing
 from caltrain.crypto.dsse import MAX_ENVELOPE_BYTES, Envelope, envelope_from_json
@@ -20,7 +20,7 @@ from caltrain.participant.identity import load_identity
 
 HomeOption = Annotated[Path | None, typer.Option(help="the model user's folder")]
 PolicyOption = Annotated[Path | None, typer.Option(help="policy.toml: which enclaves this user accepts")]
-OwnerOption = Annotated[str, typer.Option(help="the key of the model's owner, from the owner")]
+OwnerOption = Annotated[str, typer.Option(help="key or identity.json of the model's owner, from the owner")]
 ModelOption = Annotated[str, typer.Option(help="the served model's name")]
 VersionOption = Annotated[str, typer.Option(help="its version; default: the newest")]
 CredentialOption = Annotated[Path | None, typer.Option(help="of the package's issuer, if it does not name this user")]
@@ -101,7 +101,7 @@ def _served(
 
     user = load_identity(home)
     expected = Expectations(
-        owner=owner,
+        owner=read_key(owner),
         policy=read_policy(policy),
         user=user.name,
         signer=user.signer,

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from caltrain.cli.files import read_policy
+from caltrain.cli.files import read_key, read_policy
 from caltrain.cli.host import DeviceChoice
 from caltrain.cli.output import Format, FormatOption, choose, emit, say_simulated
 from caltrain.cli.predict import CredentialOption, OwnerOption, VersionOption, read_credential
@@ -61,7 +61,7 @@ def proxy(
     choose(format_)
     user = load_identity(home)
     expected = Expectations(
-        owner=owner,
+        owner=read_key(owner),
         policy=read_policy(policy),
         user=user.name,
         signer=user.signer,

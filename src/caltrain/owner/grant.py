@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import datetime
 
 from caltrain.attestation.verify import Claims, Policy, verify_evidence
@@ -52,7 +53,15 @@ def grant(
     return claims
 
 
-def watch(
+def await_enclave(host: HostClient, package: Package, *, tries: int, pause: Callable[[], None] = lambda: None) -> None:
+    """Wait, a `pause` between two of at most `tries`, until the enclave is up; `grant` says so where it is not."""
+    for _ in range(tries):
+        if _lack(host, package) != "serving.starting":
+            break
+        pause()
+
+
+def watch_enclave(
     host: HostClient,
     package: Package,
     again: Callable[[], Claims],
@@ -64,18 +73,20 @@ def watch(
     """Call `again` whenever the enclave waits for its key, `at_most` times; a host that is away is waited for."""
     granted = 0
     while granted < at_most:
-        if _waits_for_key(host, package):
-            on_grant(again())
-            granted += 1
+        if _lack(host, package) == "serving.no-key":
+            with suppress(EnvironmentFault):  # it ended meanwhile: the next one is given the key
+                on_grant(again())
+                granted += 1
         pause()
 
 
-def _waits_for_key(host: HostClient, package: Package) -> bool:
+def _lack(host: HostClient, package: Package) -> str:
+    """By its code, why the model is not ready; empty where it is."""
     try:
         host.check(f"{_path(package)}/ready")
     except EnvironmentFault as error:
-        return error.code == "serving.no-key"
-    return False
+        return error.code
+    return ""
 
 
 def _path(package: Package) -> str:

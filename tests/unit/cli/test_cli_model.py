@@ -75,9 +75,17 @@ def test_the_names_of_the_classes_are_in_no_part(owner: Owner) -> None:
 def test_show_says_the_same_and_who_signed(owner: Owner) -> None:
     made = owner.package().json
     assert owner.cli("model", "show", owner.out, "--owner", owner.keys.signer.public, as_json=True).json == made
+    by_file = owner.cli("model", "show", owner.out, "--owner", owner.keys.folder / "identity.json", as_json=True)
+    assert by_file.json == made
     text = owner.cli("model", "show", owner.out).out
     assert "not assessed" in text
     assert "give --owner" in text
+
+
+def test_a_file_without_a_key_is_no_owner(owner: Owner) -> None:
+    owner.package()
+    shown = owner.cli("model", "show", owner.out, "--owner", owner.keys.folder / "secrets.json", as_json=True)
+    assert (shown.code, shown.error["code"]) == (10, "key.unreadable")
 
 
 def test_show_refuses_another_owner(owner: Owner) -> None:
@@ -104,7 +112,8 @@ BAD: dict[str, tuple[dict[str, Any], tuple[str, ...], int, str]] = {
     "a cut behind the end": ({}, ("--cut", "5"), 10, "model.partition"),
     "a mapping beside a head": ({}, ("--mapped", "--head", "1"), 10, "package.contradiction"),
     "a bad name": ({}, ("--name", "No Name"), 10, "package.invalid"),
-    "a bad key": ({}, ("--issuer", "rsa:1"), 10, "package.invalid"),
+    "a bad key": ({}, ("--issuer", "ed25519:1"), 10, "package.invalid"),
+    "no key": ({}, ("--issuer", "rsa:1"), 10, "file.unreadable"),
     "a bad measurement": ({}, ("--measurement", "sha256:00"), 10, "package.invalid"),
     "the same user twice": ({}, ("--user", "IDENTITY:7"), 10, "package.duplicate"),
 }
