@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from caltrain.exposure.attacks.labels import assess_labels
+from caltrain.exposure.attacks.labels import ir_groups
 from caltrain.exposure.choice import Choice, choose
 from caltrain.exposure.figures import BudgetName, Estimate
 from caltrain.exposure.lineup import Lineup
@@ -94,5 +94,5 @@ def _figures(
         scores = of_scores(score(pictures, material, distance, seed=seed))
         found |= {f"{name}.{measure}": value for measure, value in scores.items()}
     if any(bound.measure == "label_purity" for bound in policy.bounds):
-        found["label_purity"] = assess_labels(cut, material.widened(), seed=seed).purity
+        found["label_purity"] = ir_groups(cut, material.widened(), seed=seed).purity
     return found

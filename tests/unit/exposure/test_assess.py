@@ -12,6 +12,7 @@ import torch
 from caltrain.errors import CaltrainError, ConfigError, DataError
 from caltrain.exposure.asked import ATTACKS, Asked, check_asked
 from caltrain.exposure.assess import Assessor
+from caltrain.exposure.attacks.labels import head_groups
 from caltrain.exposure.defence_spec import parse_defence
 from caltrain.exposure.material import Material
 from caltrain.exposure.policy import ADVERSARIES, parse_policy
@@ -70,7 +71,8 @@ def test_every_cut_has_every_figure_beside_its_cost(finished: Finished) -> None:
         assert all(seconds > 0 for seconds in cut.seconds.values())
         assert cut.attacks["whitebox"].ssim.n == 16
         assert cut.attacks["whitebox"].candidates == 100
-        assert cut.labels.purity.n == 100
+        assert cut.labels.purity.n == cut.labels.gradients.purity.n == 100
+    assert report.head_gradients == head_groups(digits_model(), finished.material.widened(), seed=ASKED.seed)
 
 
 def test_a_shallow_cut_of_a_trained_model_leaks_and_the_floors_do_not(finished: Finished) -> None:
@@ -130,6 +132,7 @@ def test_one_attack_alone_brings_nothing_of_the_others() -> None:
         )
     assert {name for cut in report.cuts.values() for name in cut.attacks} == {"inverter"}
     assert all(cut.kl is None and cut.labels is None for cut in report.cuts.values())
+    assert report.head_gradients is None
     assert (report.judge, report.papers_cut, report.choice, report.broken) == (None, None, None, {})
 
 
