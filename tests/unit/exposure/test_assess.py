@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -155,6 +156,10 @@ def few(targets: int = 12, candidates: int = 40) -> Material:
 REFUSED: dict[str, tuple[Asked, type[CaltrainError], str]] = {
     "an attack that is none": (Asked(attacks=("kl", "magic")), ConfigError, "exposure.unknown-attack"),
     "no attack": (Asked(attacks=()), ConfigError, "exposure.unknown-attack"),
+    **{
+        f"a tolerance of {value}": (Asked(tolerance=value), ConfigError, "exposure.tolerance")
+        for value in (math.nan, math.inf, -0.1)
+    },
     "a cut that is none": (Asked(cuts=(1, 5)), ConfigError, "exposure.cut"),
     "a bound on kl without kl": (
         Asked(attacks=("inverter",), policy=parse_policy("kl_ratio>=1")),
