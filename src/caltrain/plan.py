@@ -233,8 +233,7 @@ def check_plan(plan: Plan) -> Plan:
         )
     check_augment(plan.training.augment, plan.data.shape, plan.model.size)
     _check_center(plan)
-    if plan.exposure is not None:
-        check_policy(plan.exposure.policy)
+    _check_cut_policy(plan)
     people: list[Party | User] = [*plan.parties, *plan.users]
     for kind, values in (("name", [p.name for p in people]), ("public_key", [p.public_key for p in people])):
         repeated = [value for value, count in Counter(values).items() if count > 1]
@@ -276,6 +275,27 @@ def _check_center(plan: Plan) -> None:
     for what, holds in wrong.items():
         if holds:
             raise ConfigError("plan.contradiction", what, step="check plan", fix="Change one of the two in the plan.")
+
+
+def _check_cut_policy(plan: Plan) -> None:
+    if plan.exposure is None:
+        return
+    policy = check_policy(plan.exposure.policy)
+    wrong = {
+        "perceptual distances are in features that the host trains, and a bound on them needs center.audit_rate = 1": (
+            plan.center.audit_rate < 1 and any(bound.measure == "perceptual" for bound in policy.bounds)
+        ),
+        # Each party's figures hold from its own cut on, and the deepest one that is asked for is due.
+        "with all_deeper = false the deepest vote could be a cut that another's figures miss": not policy.all_deeper,
+    }
+    for what, holds in wrong.items():
+        if holds:
+            raise ConfigError(
+                "plan.cut-policy",
+                f"the policy for the cut cannot be kept to in training: {what}",
+                step="check plan",
+                fix="Change that part of [exposure.policy], or what it needs.",
+            )
 
 
 def _named(entries: Iterable[T], name: str, kind: Literal["party", "user"]) -> T:

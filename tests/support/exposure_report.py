@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import msgspec
 import torch
 
 from caltrain.exposure.assess import Gallery
+from caltrain.exposure.attacks.labels import Groups, LabelFigures, Named, Told
 from caltrain.exposure.cost import CutCost
 from caltrain.exposure.figures import Estimate, KlFigures, Scores
 from caltrain.exposure.report import CutReport, ExposureReport, Judge, Settings
@@ -49,6 +51,32 @@ def judged(ratio: float) -> KlFigures:
         sampling_error=about(0.01),
         most_telling=3,
     )
+
+
+def grouped(purity: float) -> Groups:
+    """Groups of that purity, half of which one known label names."""
+    return Groups(purity=about(purity), floor=0.1, named=(Named(1, about(purity / 2)),))
+
+
+def told(purity: float, gradients: float) -> LabelFigures:
+    """What IRs, and gradients, of these purities tell."""
+    groups, rest = grouped(purity), Told(about(0.5), 0.1)
+    return LabelFigures(
+        purity=groups.purity,
+        floor=groups.floor,
+        named=groups.named,
+        gradients=grouped(gradients),
+        probe=rest,
+        bright=rest,
+        rest=rest,
+    )
+
+
+def labelled(report: ExposureReport) -> ExposureReport:
+    """The report, with what its cuts and a HeadNet tell of labels."""
+    cuts = {front: msgspec.structs.replace(cut, labels=told(0.31, 0.86)) for front, cut in report.cuts.items()}
+    settings = msgspec.structs.replace(report.settings, attacks=(*report.settings.attacks, "labels"))
+    return msgspec.structs.replace(report, cuts=cuts, settings=settings, head_gradients=grouped(0.98))
 
 
 def cut_report(

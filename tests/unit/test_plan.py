@@ -632,6 +632,26 @@ def test_a_policy_for_the_cut_is_checked_with_the_plan() -> None:
     assert agreed.exposure.every == 1
 
 
+KEPT = {"measure": "ssim", "at_most": 0.3}
+SEEN = {"measure": "perceptual", "adversary": "inverter", "at_least": 0.5}
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.99, 1.0])
+def test_a_bound_in_features_that_the_host_trains_needs_every_step_audited(rate: float) -> None:
+    policy = {"bounds": [KEPT, SEEN]}
+    if rate == 1:
+        assert plan(exposure={"policy": policy}, center={"audit_rate": rate}).exposure is not None
+    else:
+        with refused(ConfigError, "plan.cut-policy"):
+            plan(exposure={"policy": policy}, center={"audit_rate": rate})
+    assert plan(exposure={"policy": {"bounds": [KEPT]}}, center={"audit_rate": rate}).exposure is not None
+
+
+def test_a_policy_under_which_the_deepest_vote_may_miss_anothers_figures_is_refused() -> None:
+    with refused(ConfigError, "plan.cut-policy"):
+        plan(exposure={"policy": {"bounds": [KEPT], "all_deeper": False}}, center={"audit_rate": 1.0})
+
+
 def test_a_policy_from_toml_reads_as_the_document_says() -> None:
     text = (File(__file__).parents[2] / "docs" / "plan.md").read_text(encoding="utf-8")
     block = text.partition("```toml\n[exposure]")[2].partition("```")[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from caltrain.errors import ConfigError
@@ -35,8 +36,8 @@ class Asked:
 def check_asked(subject: Subject, asked: Asked, material: Material) -> None:
     """Refuse what could not be done, before anything long runs.
 
-    Raises ConfigError `exposure.unknown-attack`, `exposure.cut`, `policy.not-measured`, DataError
-    `exposure.too-few`, `exposure.too-few-for-policy`.
+    Raises ConfigError `exposure.unknown-attack`, `exposure.tolerance`, `exposure.cut`, `policy.not-measured`,
+    DataError `exposure.too-few`, `exposure.too-few-for-policy`.
     """
     unknown = [name for name in asked.attacks if name not in ATTACKS]
     if unknown or not asked.attacks:
@@ -45,6 +46,13 @@ def check_asked(subject: Subject, asked: Asked, material: Material) -> None:
             f"{unknown[0]!r:.60} is no attack" if unknown else "no attack was asked for",
             step="assess exposure",
             fix=f"Choose among {', '.join(ATTACKS)}.",
+        )
+    if not 0 <= asked.tolerance < math.inf:  # written so that what is not a number is refused
+        raise ConfigError(
+            "exposure.tolerance",
+            f"a KL ratio of {asked.tolerance:g} is no tolerance",
+            step="assess exposure",
+            fix="Give a number from 0 on; the papers have 1.",
         )
     for front in asked.cuts:
         check_front(subject.spec, front)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from caltrain.exposure.asked import Asked, check_asked
-from caltrain.exposure.attacks.labels import assess_labels
+from caltrain.exposure.attacks.labels import assess_labels, head_groups
 from caltrain.exposure.choice import Choice, choose
 from caltrain.exposure.correlation import channel_correlation, distance_correlation
 from caltrain.exposure.cost import cost_of
@@ -107,6 +107,9 @@ class Assessor:
             floor_at=floor_at(cuts, guesses) if names else {},
             spearman=depth_correlations(cuts),
             broken=broken(cuts, guesses, tolerance=asked.tolerance),
+            head_gradients=head_groups(self.subject, material.widened(), seed=asked.seed)
+            if "labels" in asked.attacks
+            else None,
             policy=asked.policy,
             choice=choice,
             assumptions=weaker_adversary(asked.policy) if asked.policy else (),

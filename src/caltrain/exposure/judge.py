@@ -10,8 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from caltrain.exposure.attacks.labels import assess_labels
-from caltrain.exposure.choice import Choice, choose
+from caltrain.exposure.attacks.labels import ir_groups
+from caltrain.exposure.choice import choose
 from caltrain.exposure.figures import BudgetName, Estimate
 from caltrain.exposure.lineup import Lineup
 from caltrain.exposure.material import Material, gather
@@ -40,8 +40,7 @@ def judge(
 ) -> PartyReport:
     """Attack the policy's bounds with elements (N, C, H, W) and labels (N,) of one party.
 
-    One half of the records plays the adversary's, the other those that it wants. Of the cuts, from the shallowest on,
-    only as many are attacked as it takes, unless the policy asks for `all_deeper`. Raises DataError
+    One half of the records plays the adversary's, the other those that it wants. Raises DataError
     `exposure.too-few`, `exposure.too-few-for-policy` where the records are too few for the policy.
     """
     bounds = attack_bounds(policy)
@@ -49,21 +48,18 @@ def judge(
     names = sorted({bound.adversary for bound in bounds if MEASURES[bound.measure].run == "attack"})
     material = _halves(subject, records, policy, seed=seed)
     found: dict[int, dict[str, Estimate]] = {}
-    choice: Choice | None = None
     lineup, distance = Lineup(material, budget, seed), distance_by(subject)
     for number, front in enumerate(sorted(cuts)):
         found[front] = _figures(Cut(subject, front), lineup, names, policy, distance)
         on_step(f"cut {front}", number + 1, len(cuts))
-        choice = choose(policy, found, costs={cut: float(cut) for cut in found})
-        if choice.front is not None and not policy.all_deeper:
-            break
+    choice = choose(policy, found, costs={cut: float(cut) for cut in found})
     return PartyReport(
         model=subject.digest,
         budget=budget,
         adversary_records=len(material.own),
         figures=found,
-        misses=choice.misses if choice else {},
-        front=(choice.front if choice else None) or 0,
+        misses=choice.misses,
+        front=choice.front or 0,
     )
 
 
@@ -94,5 +90,5 @@ def _figures(
         scores = of_scores(score(pictures, material, distance, seed=seed))
         found |= {f"{name}.{measure}": value for measure, value in scores.items()}
     if any(bound.measure == "label_purity" for bound in policy.bounds):
-        found["label_purity"] = assess_labels(cut, material.widened(), seed=seed).purity
+        found["label_purity"] = ir_groups(cut, material.widened(), seed=seed).purity
     return found

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 import msgspec
 
 from caltrain.crypto.digests import Digest, canonical_json, digest
-from caltrain.exposure.attacks.labels import LabelFigures
+from caltrain.exposure.attacks.labels import Groups, LabelFigures
 from caltrain.exposure.choice import Choice
 from caltrain.exposure.cost import CutCost
 from caltrain.exposure.figures import Count, Estimate, KlFigures, Scores
@@ -83,6 +83,7 @@ class ExposureReport(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     `floor_at`: for each measure the first cut from which on it is no better than guessing without an IR (the better
     floor's interval is reached), None where it never is. `broken`: cuts that the papers' rule calls safe, with the
     attacks that beat the floor there. `spearman`: rank correlation of each measure with the depth of the cut.
+    `head_gradients`: the label groups in what goes out in ternary training, wherever the FrontNet ends.
     """
 
     version: Literal[1] = 1
@@ -97,6 +98,7 @@ class ExposureReport(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     floor_at: dict[str, Cut | None]
     spearman: dict[str, float]
     broken: dict[Cut, tuple[str, ...]]
+    head_gradients: Groups | None = None
     policy: Policy | None = None
     choice: Choice | None = None
     assumptions: tuple[str, ...] = ()

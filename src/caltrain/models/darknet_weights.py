@@ -33,7 +33,8 @@ def read_weights(source: bytes | Path, spec: ModelSpec, record: Shape) -> dict[s
     """The state of a network that `read_cfg` gave, for records of shape `record`.
 
     Raises ConfigError `weights.darknet-file` (a path that cannot be read); IntegrityError `weights.darknet-size`
-    before any weights are read, `weights.darknet-order`, `weights.malformed` (not finite).
+    (before any weights are read, unless the file shrinks meanwhile), `weights.darknet-order`, `weights.malformed`
+    (not finite).
     """
     try:
         with io.BytesIO(source) if isinstance(source, bytes) else source.open("rb") as file:
@@ -116,7 +117,10 @@ def _state(file: BinaryIO, spec: ModelSpec, record: Shape, *, transposed: bool) 
 
 
 def _floats(file: BinaryIO, *shape: int) -> NDArray[np.float32]:
-    raw = file.read(4 * math.prod(shape))
+    size = 4 * math.prod(shape)
+    raw = file.read(size)
+    if len(raw) < size:
+        raise _refused("weights.darknet-size", f"the last {size - len(raw)} bytes have gone")
     return np.frombuffer(raw, dtype="<f4").reshape(shape)
 
 

@@ -124,7 +124,7 @@ def _statement(host: HostClient, identity: Identity, run: str, events: tuple[Eve
     statement = open_envelope(envelope_from_json(raw, step=_STEP), "assessed-model", key, AssessedModel, step=_STEP)
     named = [event.body.get("statement") for event in events if event.kind == "assess"]
     own = digest("assessed-model/v1", canonical_json(statement))
-    if not named or named[-1] != own or statement.run != run:
+    if named[-1:] != [own] or statement.run != run:
         raise _other("the enclave's figures are not those that the chain names last")
     return statement
 

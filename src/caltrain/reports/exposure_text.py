@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from caltrain.exposure.attacks.labels import Groups
 from caltrain.exposure.choice import Choice, Miss
 from caltrain.exposure.figures import Estimate, Scores
 from caltrain.exposure.findings import at_floor, attacks_of
@@ -33,7 +34,8 @@ def print_exposure(report: ExposureReport, console: Console) -> None:
         table.add_column(f"{name}\nSSIM", justify="right")
         table.add_column("\nre-id", justify="right")
     if "labels" in settings.attacks:
-        table.add_column("label\npurity", justify="right")
+        table.add_column("label purity\nof IRs", justify="right")
+        table.add_column("\nof gradients", justify="right")
     chosen = report.choice.front if report.choice else None
     for front, cut in sorted(report.cuts.items()):
         table.add_row(*_row(report, front, cut), style="bold" if front == chosen else "")
@@ -53,6 +55,8 @@ def findings(report: ExposureReport) -> Iterator[str]:
         yield f"the papers' rule (judge: {judge}) calls safe: {cut}"
     for front, names in sorted(report.broken.items()):
         yield f"cut {front} passes the papers' rule, but pictures come back there by {_and(names)}"
+    if report.head_gradients is not None:
+        yield f"ternary training: {_told(report.head_gradients)}"
     if report.choice is not None:
         yield from _chosen(report.choice)
     yield from report.assumptions
@@ -62,6 +66,14 @@ def findings(report: ExposureReport) -> Iterator[str]:
             f"{defence.defence} at cut {defence.front}: {left or 'no attack'}; accuracy {report.accuracy.value:.1%} "
             f"falls to {defence.accuracy.value:.1%}, {defence.tuned.value:.1%} after tuning"
         )
+
+
+def _told(groups: Groups) -> str:
+    named = ", ".join(f"{named.right.value:.0%} named by {named.known} known of each class" for named in groups.named)
+    return (
+        f"gradients that leave the HeadNet fall into label groups with purity {groups.purity.value:.2f} "
+        f"(floor {groups.floor:.2f}): {named}"
+    )
 
 
 def _chosen(choice: Choice) -> Iterator[str]:
@@ -97,6 +109,7 @@ def _row(report: ExposureReport, front: int, cut: CutReport) -> list[Text]:
             cells.append(_cell(value, dim=at_floor(measure, value, report.floors)))
     if "labels" in report.settings.attacks:
         cells.append(_cell(cut.labels.purity if cut.labels else None))
+        cells.append(_cell(cut.labels.gradients.purity if cut.labels else None))
     return cells
 
 

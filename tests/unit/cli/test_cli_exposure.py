@@ -103,6 +103,7 @@ REFUSED = {
     "exposure.unknown-attack": {"attacks": "kl,magic"},
     "exposure.cut": {"cuts": "1,99"},
     "exposure.numbers": {"cuts": "one"},
+    "exposure.tolerance": {"tolerance": "inf"},
     "policy.not-measured": {"attacks": "kl", "policy": "ssim<=0.3"},
     "policy.malformed": {"policy": "ssim=0.3"},
     "policy.unknown-measure": {"policy": "vagueness<=0.3"},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -12,6 +13,7 @@ import torch
 from caltrain.errors import CaltrainError, ConfigError, DataError
 from caltrain.exposure.asked import ATTACKS, Asked, check_asked
 from caltrain.exposure.assess import Assessor
+from caltrain.exposure.attacks.labels import head_groups
 from caltrain.exposure.defence_spec import parse_defence
 from caltrain.exposure.material import Material
 from caltrain.exposure.policy import ADVERSARIES, parse_policy
@@ -70,7 +72,8 @@ def test_every_cut_has_every_figure_beside_its_cost(finished: Finished) -> None:
         assert all(seconds > 0 for seconds in cut.seconds.values())
         assert cut.attacks["whitebox"].ssim.n == 16
         assert cut.attacks["whitebox"].candidates == 100
-        assert cut.labels.purity.n == 100
+        assert cut.labels.purity.n == cut.labels.gradients.purity.n == 100
+    assert report.head_gradients == head_groups(digits_model(), finished.material.widened(), seed=ASKED.seed)
 
 
 def test_a_shallow_cut_of_a_trained_model_leaks_and_the_floors_do_not(finished: Finished) -> None:
@@ -130,6 +133,7 @@ def test_one_attack_alone_brings_nothing_of_the_others() -> None:
         )
     assert {name for cut in report.cuts.values() for name in cut.attacks} == {"inverter"}
     assert all(cut.kl is None and cut.labels is None for cut in report.cuts.values())
+    assert report.head_gradients is None
     assert (report.judge, report.papers_cut, report.choice, report.broken) == (None, None, None, {})
 
 
@@ -152,6 +156,10 @@ def few(targets: int = 12, candidates: int = 40) -> Material:
 REFUSED: dict[str, tuple[Asked, type[CaltrainError], str]] = {
     "an attack that is none": (Asked(attacks=("kl", "magic")), ConfigError, "exposure.unknown-attack"),
     "no attack": (Asked(attacks=()), ConfigError, "exposure.unknown-attack"),
+    **{
+        f"a tolerance of {value}": (Asked(tolerance=value), ConfigError, "exposure.tolerance")
+        for value in (math.nan, math.inf, -0.1)
+    },
     "a cut that is none": (Asked(cuts=(1, 5)), ConfigError, "exposure.cut"),
     "a bound on kl without kl": (
         Asked(attacks=("inverter",), policy=parse_policy("kl_ratio>=1")),

@@ -39,8 +39,8 @@ def judged(policy: Policy, *, count: int = 140, seed: int = 0, steps: list[str] 
         return judge(SUBJECT, CUTS, records(count), policy, budget="quick", seed=seed, on_step=noted)
 
 
-def policy(text: str, *, deeper: bool = True) -> Policy:
-    return Policy(bounds=parse_policy(text).bounds, use="mean", all_deeper=deeper)
+def policy(text: str) -> Policy:
+    return Policy(bounds=parse_policy(text).bounds, use="mean")
 
 
 def test_it_reports_what_the_policy_bounds_at_every_cut() -> None:
@@ -68,12 +68,10 @@ def test_a_policy_that_no_cut_meets_gives_no_front_and_says_by_how_much() -> Non
     }
 
 
-def test_deeper_cuts_are_attacked_only_where_they_count() -> None:
+def test_every_cut_is_attacked_even_where_the_first_meets_the_policy() -> None:
     steps: list[str] = []
-    assert judged(policy("inverter.ssim<=1", deeper=False), steps=steps).front == 1
-    assert steps == ["cut 1"]
-    judged(policy("inverter.ssim<=1"), steps=steps)
-    assert steps == ["cut 1", "cut 1", "cut 2"]
+    assert judged(policy("inverter.ssim<=1"), steps=steps).front == 1
+    assert steps == ["cut 1", "cut 2"]
 
 
 def test_the_halves_have_no_record_in_common_and_differ_by_seed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,13 +7,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from caltrain.errors import DataError
+from caltrain.errors import DataError, IntegrityError
 from caltrain.exposure.attacks.labels import (
     Groups,
     assess_labels,
     gradient_groups,
     gradients,
+    head_groups,
     in_majority,
+    ir_groups,
     label_groups,
     property_accuracy,
     reduced,
@@ -27,6 +29,7 @@ from caltrain.models.spec import ModelSpec, embedding_layer
 from caltrain.models.weights import state_of
 from caltrain.records.schema import DataSchema
 from caltrain.training.seeds import initialise
+from support.samples import refused
 
 CLASSES = ("cat", "dog", "owl")
 DATA = DataSchema(shape=(1, 6, 6), classes=CLASSES, mean=(0.5,), std=(0.25,))
@@ -174,6 +177,18 @@ def test_gradients_give_groups_away_even_where_pictures_have_nothing_to_do_with_
     groups = gradient_groups(Cut(subject, 4), material(labelled=False), seed=0)
     assert groups.purity.value > 0.95
     assert by_known(groups)[1] > 0.95
+    assert head_groups(subject, material(labelled=False), seed=0) == groups, "what leaves a HeadNet of one layer"
+
+
+def test_a_gradient_that_overflows_is_refused() -> None:
+    """The IRs of this model are finite, its answers are not."""
+    network = build(MODEL, input_shape=DATA.shape)
+    initialise(network, bytes(32))
+    state = state_of(network)
+    state["4.linear.weight"] *= 1e38
+    state["3.linear.bias"] += 100
+    with refused(IntegrityError, "exposure.not-finite"):
+        gradient_groups(Cut(subject_of(MODEL, DATA, state), 2), material(labelled=False), seed=0)
 
 
 def test_an_assessment_tells_what_the_ir_tells(subject: Subject) -> None:
@@ -185,6 +200,9 @@ def test_an_assessment_tells_what_the_ir_tells(subject: Subject) -> None:
     assert found.bright.right.value > 0.9
     assert found.probe.right.n == found.bright.right.n == found.purity.n == 120
     assert found.probe.floor == found.rest.floor == 1 / 3
+    groups = ir_groups(Cut(subject, 1), material(labelled=True), seed=0)
+    assert groups == Groups(purity=found.purity, floor=found.floor, named=found.named)
+    assert found.gradients == gradient_groups(Cut(subject, 1), material(labelled=True), seed=0) != groups
     answers = subject.logits(material(labelled=True).targets).argmax(1)
     assert found.rest.right.value == pytest.approx(float((answers == balanced(120)).float().mean()))
     assert told == [(n, 4) for n in (1, 2, 3, 4)]

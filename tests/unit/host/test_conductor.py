@@ -17,15 +17,17 @@ from caltrain.boundary import messages as m
 from caltrain.crypto.digests import canonical_json
 from caltrain.crypto.dsse import Envelope
 from caltrain.errors import CaltrainError, EnvironmentFault, IntegrityError, ProtocolError
+from caltrain.exposure.policy import Bound, Policy
 from caltrain.host import launcher
 from caltrain.host.conductor import Conductor
 from caltrain.host.sizes import slot_bytes
 from caltrain.host.store import Store
 from caltrain.models.spec import Deepen, Partition
 from caltrain.models.weights import state_of
-from caltrain.plan import Plan
+from caltrain.plan import ExposureSpec, Plan
 from caltrain.provenance.chain import verify_chain
 from support.disk import files_end_at, tree
+from support.recovery import DEEP, planned
 from support.samples import refused
 from support.world import PARTIES, World
 from support.world_enclave import WorldEnclave
@@ -395,6 +397,78 @@ def test_the_cut_deepens_as_the_plan_says(tmp_path: Path, monkeypatch: pytest.Mo
     steps = [m.Train(0, step) for step in range(3)], [m.Train(1, step) for step in range(3)]
     assert asked == [*steps[0], m.MoveCut(3), *steps[1], m.MoveCut(4), *(m.Train(2, step) for step in range(3))]
     is_the_plain_model(site.world)
+    site.conductor.stop()
+
+
+# -- votes on the cut ------------------------------------------------------------------------------------------------
+
+
+def voting(plan: Plan) -> Plan:
+    """A policy that parties check once, before the first epoch."""
+    spec = ExposureSpec(policy=Policy(bounds=(Bound(measure="ssim", at_most=0.3),)), every=2, sample=8)
+    return msgspec.structs.replace(planned(model=DEEP)(plan), exposure=spec)
+
+
+@pytest.fixture
+def asking(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
+    """A run that waits for the parties' votes."""
+    made = Site(tmp_path / "host", monkeypatch, world=World(change=voting))
+    made.run()
+    made.wait("assess").awaits("alpha", "beta", "gamma")
+    figures = tree(made.store.root)["semi-trained.json"]
+    made.world.statements["assessed-model"] = msgspec.json.decode(figures, type=Envelope)
+    yield made
+    made.conductor.stop()
+
+
+def vote(site: Site, name: str, *, front: int) -> None:
+    """A party's vote for so many layers."""
+    site.conductor.vote(name, site.world.vote(name, front=front).envelope)
+
+
+def heard(site: Site) -> list[str | m.MoveCut]:
+    """Votes that the enclave was given, and what came of them."""
+    return [r.party if isinstance(r, m.Vote) else r for r in site.enclave.requests if isinstance(r, m.Vote | m.MoveCut)]
+
+
+def test_a_repeated_vote_is_ignored(asking: Site) -> None:
+    vote(asking, "alpha", front=3)
+    vote(asking, "alpha", front=5)
+    asking.awaits("beta", "gamma")
+    assert heard(asking) == ["alpha"], "a refusal inside would be seen as the run's"
+    vote(asking, "beta", front=2)
+    vote(asking, "gamma", front=2)
+    vote(asking, "gamma", front=5)
+    asking.wait("linked")
+    assert heard(asking) == ["alpha", "beta", "gamma", m.MoveCut(3)]
+
+
+def test_a_vote_that_overtakes_itself_counts_once(asking: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last party sends its vote again before the first one is answered: what is due then stays due."""
+    vote(asking, "alpha", front=3)
+    vote(asking, "beta", front=2)
+    request = asking.enclave.request
+
+    def overtaken(message: m.Request, *, wait: float = 5) -> m.Done:
+        monkeypatch.setattr(asking.enclave, "request", request)
+        vote(asking, "gamma", front=4)
+        return request(message, wait=wait)
+
+    monkeypatch.setattr(asking.enclave, "request", overtaken)
+    with refused(ProtocolError, "session.not-now"):
+        vote(asking, "gamma", front=5)
+    asking.wait("linked")
+    assert m.MoveCut(4) in heard(asking)
+
+
+def test_a_vote_that_comes_too_early_counts_for_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    site = Site(tmp_path / "host", monkeypatch, world=World(change=voting), auto_start=False)
+    site.run()
+    site.wait("start")
+    with refused(ProtocolError, "session.not-now"):
+        site.conductor.vote("alpha", site.world.parties["alpha"].approve(site.world.plan))
+    site.conductor.start_training()
+    site.wait("assess").awaits("alpha", "beta", "gamma")
     site.conductor.stop()
 
 

@@ -103,6 +103,19 @@ def test_a_path_gives_the_state_of_its_bytes(tmp_path: Path) -> None:
             read_weights(absent, SPEC, RECORD)
 
 
+def test_a_file_that_shrinks_while_it_is_read_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "net.weights"
+    path.write_bytes(weights_file(PARTS))
+
+    def shrinks(size: int, counts: list[int]) -> None:
+        assert size == 4 * sum(counts)
+        os.truncate(path, path.stat().st_size - 2)
+
+    monkeypatch.setattr("caltrain.models.darknet_weights._check_size", shrinks)
+    with refused(IntegrityError, "weights.darknet-size"):
+        read_weights(path, SPEC, RECORD)
+
+
 # --- the published networks -------------------------------------------------------------------------------------
 
 

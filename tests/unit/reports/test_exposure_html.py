@@ -14,7 +14,7 @@ from caltrain.exposure.choice import Choice, Miss
 from caltrain.exposure.policy import parse_policy
 from caltrain.exposure.report import DefenceReport, ExposureReport
 from caltrain.reports.exposure import write_exposure
-from support.exposure_report import MODEL, about, cut_report, exposure_report, gallery, scored
+from support.exposure_report import MODEL, about, cut_report, exposure_report, gallery, labelled, scored
 from support.samples import refused
 
 HOSTILE = """<script>alert(1)</script>"'><img src=x onerror=alert(1)>{{ 7 * 7 }}{% raw %}</style><b>"""
@@ -153,6 +153,16 @@ def test_what_was_not_asked_for_is_left_out(attacks: tuple[str, ...], tmp_path: 
     assert ("What attacks bring back" in page.words) is ("inverter" in attacks)
     assert ("KL ratio" in page.words) is ("kl" in attacks)
     assert ("label purity" in page.words) is ("labels" in attacks)
+
+
+def test_labels_are_told_by_irs_and_by_gradients(tmp_path: Path) -> None:
+    _, page = render(labelled(exposure_report()), tmp_path)
+    for words in (
+        *("label purity, IRs", "31.0%", "label purity, gradients", "86.0%"),
+        "gradients that leave a HeadNet of the last layer with weights fall into label groups with purity 98.0% "
+        "(floor 10.0%); who knows 1 of each class names 49.0% of the others",
+    ):
+        assert words in page.words
 
 
 def test_a_report_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:

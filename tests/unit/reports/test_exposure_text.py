@@ -11,7 +11,7 @@ from rich.console import Console
 from caltrain.exposure.choice import Choice, Miss
 from caltrain.exposure.report import ExposureReport
 from caltrain.reports.exposure_text import findings, print_exposure
-from support.exposure_report import cut_report, exposure_report, scored
+from support.exposure_report import cut_report, exposure_report, labelled, scored
 
 MISS = Miss(key="whitebox.ssim", limit=0.3, reached=0.52, mean=0.5, n=16, by_mean=True)
 UNSURE = Miss(key="kl_ratio", limit=1.0, reached=0.9, mean=1.1, n=16, by_mean=False)
@@ -35,6 +35,15 @@ def test_a_row_for_every_cut_and_every_guess() -> None:
         ["", "floor: mean image", "", "", "", "0.20", "0.00", "0.20", "0.00"],
         ["", "floor: own draw", "", "", "", "0.10", "0.00", "0.10", "0.00"],
     ]
+
+
+def test_labels_are_told_by_irs_and_by_gradients() -> None:
+    report = labelled(exposure_report())
+    assert [row[-2:] for row in rows(printed(report))[:2]] == [["0.31", "0.86"]] * 2
+    assert (
+        "ternary training: gradients that leave the HeadNet fall into label groups with purity 0.98 (floor 0.10): "
+        "49% named by 1 known of each class"
+    ) in list(findings(report))
 
 
 def test_compute_that_a_stage_hides_is_not_guessed() -> None:

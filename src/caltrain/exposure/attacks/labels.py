@@ -27,7 +27,7 @@ from caltrain.errors import DataError
 from caltrain.exposure.figures import Estimate
 from caltrain.exposure.material import Material
 from caltrain.exposure.statistics import mean_estimate, rate_estimate
-from caltrain.exposure.subject import Cut, Live, stacked
+from caltrain.exposure.subject import Cut, Live, Subject, candidate_cuts, check_finite, stacked
 
 MOST_NUMBERS = 4096
 KNOWN = (1, 5)
@@ -68,8 +68,10 @@ class LabelFigures(Groups, frozen=True, forbid_unknown_fields=True, kw_only=True
     """Besides the groups: label and brightness by a probe on one's own records, the label by the rest of the model.
 
     `bright` asks for more than the median brightness: a property that has no label and that nobody trained for.
+    `gradients`: the groups in what comes back at this cut in two-way training.
     """
 
+    gradients: Groups
     probe: Told
     bright: Told
     rest: Told
@@ -78,7 +80,7 @@ class LabelFigures(Groups, frozen=True, forbid_unknown_fields=True, kw_only=True
 def assess_labels(
     cut: Cut, material: Material, *, seed: int, on_step: OnStep = lambda _done, _of: None
 ) -> LabelFigures:
-    """What the IRs of `material.targets` tell of them. Raises as `label_groups` does."""
+    """What IRs and gradients of `material.targets` tell of them. Raises as `gradient_groups` does."""
     own, own_labels = material.own[:_MOST_OWN], material.own_labels[:_MOST_OWN].numpy()
     mine, theirs = torch.split(own, _BATCH), torch.split(material.targets, _BATCH)
     rows, answers = [], []
@@ -91,13 +93,14 @@ def assess_labels(
             on_step(number + 1, len(mine) + len(theirs))
     all_rows, truth = torch.cat(rows), material.target_labels.numpy()
     own_rows, target_rows = all_rows[: len(own)], all_rows[len(own) :]
-    found = label_groups(target_rows, truth, classes=len(cut.subject.data.classes), seed=seed)
+    found = _grouped(target_rows, cut, material, seed)
     middle = _brightness(own).median()
     bright = [(_brightness(pictures) > middle).numpy() for pictures in (own, material.targets)]
     return LabelFigures(
         purity=found.purity,
         floor=found.floor,
         named=found.named,
+        gradients=gradient_groups(cut, material, seed=seed),
         probe=property_accuracy(own_rows, own_labels, target_rows, truth),
         bright=property_accuracy(own_rows, bright[0], target_rows, bright[1]),
         rest=_told(torch.cat(answers).numpy(), truth),
@@ -190,8 +193,7 @@ def reduced(live: Live, *, most: int = MOST_NUMBERS) -> Tensor:
 def gradients(cut: Cut, pictures: Tensor, labels: Tensor) -> Live:
     """What comes back in the two-way form: the gradient of each record's loss by its IR, for the model as it is.
 
-    At `Cut(subject, embedding_layer(subject.spec))` it is what goes out in the ternary form, with the layers from there
-    on as HeadNet. In inference mode, so no record's depends on the others of its batch.
+    The model is as when it answers, so no record's gradient depends on the others of its batch.
     """
     live = tuple(tensor.detach().requires_grad_() for tensor in cut.ir(pictures))
     loss = F.cross_entropy(cut.answer(live), labels, reduction="sum")
@@ -199,11 +201,33 @@ def gradients(cut: Cut, pictures: Tensor, labels: Tensor) -> Live:
 
 
 def gradient_groups(cut: Cut, material: Material, *, seed: int) -> Groups:
-    """The groups that k-means finds in the gradients of `material.targets`. Raises as `label_groups` does."""
+    """The groups that k-means finds in the gradients of `material.targets`.
+
+    Raises as `label_groups` does, and IntegrityError `exposure.not-finite`.
+    """
     parts = torch.split(material.targets, _BATCH), torch.split(material.target_labels, _BATCH)
     rows = torch.cat([reduced(gradients(cut, *part)) for part in zip(*parts, strict=True)])
-    classes = len(cut.subject.data.classes)
-    return label_groups(rows, material.target_labels.numpy(), classes=classes, seed=seed)
+    check_finite(rows, f"the gradient at cut {cut.front}")
+    return _grouped(rows, cut, material, seed)
+
+
+def head_groups(subject: Subject, material: Material, *, seed: int) -> Groups:
+    """The groups in what goes out in ternary training: gradients at the input of the least HeadNet that there can be.
+
+    It has the last layer with weights. Where the FrontNet ends does not matter. Raises as `gradient_groups` does.
+    """
+    return gradient_groups(Cut(subject, candidate_cuts(subject.spec)[-1]), material, seed=seed)
+
+
+def ir_groups(cut: Cut, material: Material, *, seed: int) -> Groups:
+    """The groups that k-means finds in the IRs of `material.targets`. Raises as `label_groups` does."""
+    with torch.inference_mode():
+        rows = torch.cat([reduced(cut.ir(part)) for part in torch.split(material.targets, _BATCH)])
+    return _grouped(rows, cut, material, seed)
+
+
+def _grouped(rows: Tensor, cut: Cut, material: Material, seed: int) -> Groups:
+    return label_groups(rows, material.target_labels.numpy(), classes=len(cut.subject.data.classes), seed=seed)
 
 
 def _brightness(pictures: Tensor) -> Tensor:
