@@ -67,11 +67,13 @@ class Examined:
 
     def _secret(self) -> Iterator[Needle]:
         people, seeds = self.outcome.people, self.outcome.seeds
-        yield from n.record_needles(self.plan, self.replay, pixels=self.pixels, labels=self.labels, marked=self.marked)
-        yield from n.held_out_needles(self.plan, *map(torch.from_numpy, people.held_out))
+        yield from n.record_needles(
+            self.plan.data, self.replay, pixels=self.pixels, labels=self.labels, marked=self.marked
+        )
+        yield from n.held_out_needles(self.plan.data, *map(torch.from_numpy, people.held_out))
         yield from n.weight_needles(self.plan, self.replay)
         yield from n.fingerprint_needles(self.fingerprints)
-        yield from n.question_needles(self.plan, torch.from_numpy(people.question))
+        yield from n.question_needles(self.plan.data, torch.from_numpy(people.question))
         keys = {f"data key of {p.name}": p.data_key for p in people.parties}
         keys |= {f"signing key of {p.name}": p.signer.private_bytes() for p in (*people.parties, people.user)}
         keys |= {f"entropy of {name}": entropy for name, entropy in self.outcome.entropies.items()}
@@ -81,9 +83,8 @@ class Examined:
     def _known(self) -> Iterator[Needle]:
         """What the host does hold: that it is found shows that the search looks where it should."""
         last = self.replay.states[-1]
-        for name in last.keys() - self.replay.inner(self.plan, last).keys():
-            if last[name].is_floating_point():
-                yield from n.float_needles("center weights", name, last[name])
+        outer = last.keys() - self.replay.inner(self.plan, last).keys()
+        yield from n.tensor_needles("center weights", {name: last[name] for name in outer}, text=False)
         yield Needle("center seed", "center seed", self.outcome.seeds.center)
         for ir in self.replay.steps[-1].ir:
             yield from n.float_needles("ir", "ir", ir)
@@ -226,7 +227,7 @@ def test_a_cut_at_the_input_is_found() -> None:
     again = replay(world.plan, pixels=pixels, labels=labels, seeds=RunSeeds.from_run_seed(world.run.seed))
     used = again.steps[0].batch.tolist()
     out = Haystack("door", "out", bytes(world.host.enclave_end.sent))
-    needles = n.record_needles(world.plan, again, pixels=pixels, labels=labels, marked=used)
+    needles = n.record_needles(world.plan.data, again, pixels=pixels, labels=labels, marked=used)
     found = {finding.what for finding in findings([out], needles=needles, vectors=[])}
     assert all(any(what.startswith(f"record {number} of epoch 0 f32") for what in found) for number in used)
     plain = normalise(pixels, world.plan.data, channels_last=False)

@@ -1,4 +1,4 @@
-"""The tapped host server as a process, and everything that can be seen of it: memory, disk, log, frames."""
+"""A tapped host server as a process, and everything that can be seen of it: memory, disk, log, frames."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ import select
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import msgspec
 
@@ -20,6 +21,7 @@ from support.tapped_host import Config
 Place = Literal["memory", "disk", "log", "door"]
 _PROGRAM = Path(__file__).parent / "tapped_host.py"
 _SECONDS = 150
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -32,13 +34,17 @@ class Haystack:
 
 
 class TappedHost:
-    """The host server as a process of its own, and what could be seen of it so far."""
+    """A host server as a process of its own, and what could be seen of it so far.
+
+    It works and is at home in the folder that is its own: what it would write without being told where is seen there.
+    """
 
     def __init__(self, config: Config, *, log: Path) -> None:
         self._config, self._log = config, log
         self._files: set[tuple[str, bytes]] = set()
         self.memory = Memory()
         self.seen: list[Haystack] = []
+        Path(config.folder).mkdir(exist_ok=True)
         with log.open("wb") as stderr:
             self.process = subprocess.Popen(
                 [sys.executable, str(_PROGRAM)],
@@ -46,6 +52,8 @@ class TappedHost:
                 stdout=subprocess.PIPE,
                 stderr=stderr,
                 bufsize=0,
+                cwd=config.folder,
+                env=os.environ | {"HOME": config.folder, "TMPDIR": config.folder},
             )
         assert self.process.stdin is not None
         self.process.stdin.write(msgspec.json.encode(config))
@@ -62,6 +70,22 @@ class TappedHost:
         self._look_at_memory(moment, files=False)
         self._look_at_disk(moment)
         let_go(self.process.pid)
+
+    def at_each(self, moments: Sequence[str], *, of: Sequence[Future[T]]) -> list[T]:
+        """Look at the host at each of these moments of what others do with it; returns what they come to."""
+
+        def unless_one_failed() -> None:
+            for future in of:
+                if future.done():
+                    future.result()
+
+        try:
+            for moment in moments:
+                self.at(moment, meanwhile=unless_one_failed)
+            return [future.result() for future in of]
+        except BaseException:
+            self.end()  # else the others would wait for it
+            raise
 
     def at_last(self, *, memory: bool) -> None:
         """Look at the host as it is, also at what it has mapped from files; end it, and take log and tap."""

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import base64
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from caltrain.plan import Plan
-from caltrain.records.schema import encode_record
+from caltrain.records.schema import DataSchema, encode_record
 from caltrain.training.batches import normalise
 from support.canary_replay import Replay
 from support.canary_search import LabelVector, Needle
@@ -61,12 +61,14 @@ def wrapped(needle: Needle) -> Iterator[Needle]:
         yield Needle(needle.kind, f"{needle.name} deflated-{level}", zlib.compress(needle.data, level)[2:-4])
 
 
-def record_needles(plan: Plan, run: Replay, *, pixels: Tensor, labels: Tensor, marked: Sequence[int]) -> list[Needle]:
+def record_needles(
+    data: DataSchema, run: Replay, *, pixels: Tensor, labels: Tensor, marked: Sequence[int]
+) -> list[Needle]:
     """Each marked record: canonical, as bytes, normalised, and in each version that a step used."""
     plain: list[Needle] = []
     for number in marked:
         name = f"record {number}"
-        plain += _as_it_is(plan, name, pixels[number], int(labels[number]))
+        plain += _as_it_is(data, name, pixels[number], int(labels[number]))
         for step in run.steps:
             for place in (step.batch == number).nonzero().flatten():
                 version = f"{name} of epoch {step.epoch}"
@@ -75,43 +77,48 @@ def record_needles(plan: Plan, run: Replay, *, pixels: Tensor, labels: Tensor, m
     return [form for needle in plain for form in wrapped(needle)]
 
 
-def _as_it_is(plan: Plan, name: str, pixels: Tensor, label: int) -> Iterator[Needle]:
-    yield Needle("record", f"{name} canonical", encode_record(plan.data, pixels.numpy(), label))
-    yield from byte_needles("record", name, pixels)
-    yield from float_needles("record", f"{name} normalised", normalise(pixels[None], plan.data, channels_last=False)[0])
+def _as_it_is(data: DataSchema, name: str, pixels: Tensor, label: int) -> Iterator[Needle]:
+    yield Needle("record", f"{name} canonical", encode_record(data, pixels.numpy(), label))
+    yield from _as_asked("record", name, pixels, data)
 
 
-def held_out_needles(plan: Plan, pixels: Tensor, labels: Tensor) -> list[Needle]:
+def _as_asked(kind: str, name: str, pixels: Tensor, data: DataSchema) -> Iterator[Needle]:
+    yield from byte_needles(kind, name, pixels)
+    yield from float_needles(kind, f"{name} normalised", normalise(pixels[None], data, channels_last=False)[0])
+
+
+def held_out_needles(data: DataSchema, pixels: Tensor, labels: Tensor) -> list[Needle]:
     """Records that are measured on and not trained on."""
     pairs = enumerate(zip(pixels, labels, strict=True))
-    plain = [n for i, (x, label) in pairs for n in _as_it_is(plan, f"held-out record {i}", x, int(label))]
+    plain = [n for i, (x, label) in pairs for n in _as_it_is(data, f"held-out record {i}", x, int(label))]
     return [form for needle in plain for form in wrapped(needle)]
 
 
-def question_needles(plan: Plan, inputs: Tensor) -> list[Needle]:
-    """What a model user asks about."""
-    x = normalise(inputs, plan.data, channels_last=False)
-    plain = [n for image in inputs for n in byte_needles("question", "question", image)]
-    plain += [n for image in x for n in float_needles("question", "question", image)]
+def question_needles(data: DataSchema, inputs: Tensor) -> list[Needle]:
+    """What a user asks about."""
+    plain = [n for i, pixels in enumerate(inputs) for n in _as_asked("question", f"question {i}", pixels, data)]
     return [form for needle in plain for form in wrapped(needle)]
+
+
+def tensor_needles(kind: str, tensors: Mapping[str, Tensor], *, text: bool = True) -> list[Needle]:
+    """Tensors by name, with `text` also in the forms of text; counters are left out."""
+    floats = {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point()}
+    plain = [n for name, tensor in floats.items() for n in float_needles(kind, name, tensor)]
+    return [form for needle in plain for form in (wrapped(needle) if text else [needle])]
 
 
 def weight_needles(plan: Plan, run: Replay) -> list[Needle]:
     """FrontNet and HeadNet: every tensor at first and after every step; the first and the last ones also as text."""
     needles: list[Needle] = []
     for done, state in enumerate(run.states):
-        ends = done in {0, len(run.states) - 1}
-        for name, value in run.inner(plan, state).items():
-            if value.is_floating_point():  # what is left out are the counters of batch normalisation
-                forms = float_needles("weights", f"{name} after {done} steps", value)
-                needles += [form for n in forms for form in (wrapped(n) if ends else [n])]
+        inner = {f"{name} after {done} steps": value for name, value in run.inner(plan, state).items()}
+        needles += tensor_needles("weights", inner, text=done in {0, len(run.states) - 1})
     return needles
 
 
 def fingerprint_needles(fingerprints: Tensor) -> list[Needle]:
     """Every row of (N, D)."""
-    rows = (needle for row in fingerprints for needle in float_needles("fingerprint", "fingerprint", row))
-    return [form for needle in rows for form in wrapped(needle)]
+    return tensor_needles("fingerprint", {f"fingerprint {i}": row for i, row in enumerate(fingerprints)})
 
 
 def secret_needles(secrets: dict[str, bytes]) -> list[Needle]:

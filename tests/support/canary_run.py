@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
+from types import ModuleType
 
 import msgspec
 import numpy as np
@@ -181,11 +182,10 @@ def run(people: People, *, moments: Sequence[str], enclave: Path | None = None, 
         enclave=str(enclave or ""),
     )
     host = TappedHost(config, log=people.folder / "host.log")
-    entropies: dict[str, bytes] = {}
     try:
         if extra:
             _upload(host.url, people.parties[0], extra)
-        with _noted_entropies(entropies):
+        with noted_secrets(joining) as secrets:
             manifests = _join_all(host, people, moments)
         _ask(host.url, people)
         host.at_last(memory=bool(moments))
@@ -196,6 +196,7 @@ def run(people: People, *, moments: Sequence[str], enclave: Path | None = None, 
         party.name: msgspec.json.decode((folder / "suspicion.json").read_bytes(), type=SuspicionReport)
         for party, folder in zip(people.parties, folders, strict=True)
     }
+    entropies = {sender: secret.entropy for sender, secret in secrets if isinstance(secret, PartySecret)}
     return Outcome(people, load_model(folders[0]), reports, entropies, host.seen, host.memory.unreadable)
 
 
@@ -231,19 +232,7 @@ def _join_all(host: TappedHost, people: People, moments: Sequence[str]) -> list[
     """All parties join side by side, while we look at the host at each moment."""
     with ThreadPoolExecutor(len(people.parties)) as pool:
         joined = [pool.submit(_join, host.url, people, party) for party in people.parties]
-
-        def unless_one_failed() -> None:
-            for future in joined:
-                if future.done():
-                    future.result()
-
-        try:
-            for moment in moments:
-                host.at(moment, meanwhile=unless_one_failed)
-            return [future.result() for future in joined]
-        except BaseException:
-            host.end()  # else the others would wait for it
-            raise
+        return host.at_each(moments, of=joined)
 
 
 def _join(url: str, people: People, party: Identity) -> RunManifest:
@@ -264,13 +253,16 @@ def _now() -> datetime:
 
 
 @contextmanager
-def _noted_entropies(into: dict[str, bytes]) -> Iterator[None]:
-    """Note the entropy that each party draws; nobody else ever learns it."""
+def noted_secrets(sealer: ModuleType) -> Iterator[list[tuple[str, msgspec.Struct]]]:
+    """Note what a module seals to enclaves and in whose name; nobody else ever learns it."""
+    noted: list[tuple[str, msgspec.Struct]] = []
 
-    def noting(kind: SealedKind, secret: PartySecret, *, binding: Binding, sender: str, signer: SigningKey) -> Envelope:
-        into[sender] = secret.entropy
+    def noting(
+        kind: SealedKind, secret: msgspec.Struct, *, binding: Binding, sender: str, signer: SigningKey
+    ) -> Envelope:
+        noted.append((sender, secret))
         return seal_message(kind, secret, binding=binding, sender=sender, signer=signer)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(joining, "seal_message", noting)
-        yield
+        patch.setattr(sealer, "seal_message", noting)
+        yield noted

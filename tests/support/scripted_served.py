@@ -18,7 +18,6 @@ from caltrain.attestation.simulated import SimulatedAttester
 from caltrain.attestation.verify import Policy
 from caltrain.boundary.sealed import SealedMessage, open_message, seal_for, transcript_digest
 from caltrain.client.served import AsyncServedModel, Expectations, ServedModel
-from caltrain.client.served.handshake import Offer
 from caltrain.crypto.digests import digest
 from caltrain.crypto.dsse import Envelope, open_envelope
 from caltrain.crypto.hpke import HpkePrivateKey
@@ -27,7 +26,7 @@ from caltrain.models.spec import ModelSpec
 from caltrain.records.schema import DataSchema
 from caltrain.serving.oip import LENGTH_HEADER, pack_sealed_reply, unpack_sealed
 from caltrain.serving.package import BatchSpec, Package, ServedUser, Terms, UserCredential, user_of
-from caltrain.serving.session import Answer, SessionKeys, SessionOpened, SessionRequest, SessionSecret, read_head
+from caltrain.serving.session import Answer, Offer, SessionKeys, SessionOpened, SessionRequest, SessionSecret, read_head
 from support.samples import signer
 from support.tiny import CLASSES, MEASUREMENT, MODEL, SHAPE
 
@@ -150,7 +149,8 @@ class ScriptedServed:
         )
         self.bindings[nonce] = binding
         evidence = SimulatedAttester(self.root, measurement=self.measurement).evidence(binding.report_data())
-        return Offer(self.signer.sign("package", self.package), EvidenceBundle(binding=binding, evidence=evidence))
+        bundle = EvidenceBundle(binding=binding, evidence=evidence)
+        return Offer(package=self.signer.sign("package", self.package), bundle=bundle)
 
     def handle(self, request: httpx.Request) -> httpx.Response:
         """Answer one request."""

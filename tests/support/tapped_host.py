@@ -1,4 +1,4 @@
-"""The host server as it is, with a tap at its end of the door: `python tapped_host.py < CONFIG`.
+"""A host server as it is, of a run or a package, with a tap at its end of the door: `python tapped_host.py < CONFIG`.
 
 Every byte of every frame, and what passes through the ring, goes to files outside of the host's folder: `in` (host to
 enclave) and `out` (enclave to host), and `storage-in` and `storage-out` for the stream of its own that storage has. A
@@ -27,17 +27,22 @@ from caltrain.crypto.dsse import SigningKey
 from caltrain.host import launcher
 from caltrain.host.confine import confined_command
 from caltrain.host.server import serve
+from caltrain.host.serving.server import serve as serve_packages
 from caltrain.listening import bind
 from caltrain.plan import plan_from_json
 
 
 class Config(msgspec.Struct, frozen=True):
-    """Where to keep what, when to stop; `enclave` is another program to start in the enclave's place."""
+    """What to serve, where to keep what, when to stop; `enclave` is another program to start in the enclave's place.
 
-    plan: str
+    All that the host keeps is in `folder`. Of `plan` and `package` (a folder) one is given: it is what is served.
+    """
+
     folder: str
     tap: str
     root: bytes
+    plan: str = ""
+    package: str = ""
     moments: tuple[str, ...] = ()
     enclave: str = ""
 
@@ -103,12 +108,13 @@ def on_wire(kind: FrameKind, *parts: bytes | memoryview) -> bytes:
 
 
 def moment_of(kind: FrameKind, *parts: bytes | memoryview) -> str:
-    """What a frame to the enclave is called: `release`, `train-0-0`, `center-out-1-2` (epoch, step)."""
+    """What a frame to the enclave is called: `release`, `infer-0`, `train-0-0`, `center-out-1-2` (epoch, step)."""
     if kind is FrameKind.TENSOR:
         head = msgspec.msgpack.decode(parts[1], type=TensorHead)
         return f"{head.role}-{head.epoch}-{head.step}"
     message = msgspec.msgpack.decode(parts[0])
-    return f"{message['t']}-{message['epoch']}-{message['step']}" if "epoch" in message else str(message["t"])
+    numbers = ("epoch", "step") if "epoch" in message else ("batch",) if "batch" in message else ()
+    return "-".join([message["t"], *(str(message[number]) for number in numbers)])
 
 
 def say(line: str) -> None:
@@ -133,10 +139,13 @@ def main() -> None:
     Tap(Path(config.tap), config.moments).install()
     if config.enclave:
         start_instead(Path(config.enclave))
-    sock = bind("127.0.0.1", 0)
+    sock, root = bind("127.0.0.1", 0), SigningKey(config.root)
     say(str(sock.getsockname()[1]))
-    plan = plan_from_json(config.plan.encode())
-    serve(plan, folder=Path(config.folder), sock=sock, root=SigningKey(config.root), auto_start=True)
+    if config.package:
+        serve_packages([Path(config.package)], root=root, sock=sock, threads=1)
+    else:
+        plan = plan_from_json(config.plan.encode())
+        serve(plan, folder=Path(config.folder), sock=sock, root=root, auto_start=True)
 
 
 if __name__ == "__main__":

@@ -116,3 +116,4 @@ def test_moments_are_named_by_what_is_sent() -> None:
     assert moment_of(FrameKind.TENSOR, b"", head) == "center-out-1-2"
     assert moment_of(FrameKind.MESSAGE, msgspec.msgpack.encode({"t": "release"})) == "release"
     assert moment_of(FrameKind.MESSAGE, msgspec.msgpack.encode({"t": "train", "epoch": 0, "step": 3})) == "train-0-3"
+    assert moment_of(FrameKind.MESSAGE, msgspec.msgpack.encode({"t": "infer", "batch": 3})) == "infer-3"
