@@ -82,7 +82,9 @@ class Program:
 
     def package(self, *, revision: int, head: int) -> None:
         """Put a package of the model into the folder."""
-        terms = tiny_terms(budget=1000, rows=8, fixed=True, head=head, revision=revision, measurement=measure_enclave())
+        terms = tiny_terms(
+            budget=1000, rows=16, fixed=True, head=head, revision=revision, measurement=measure_enclave()
+        )
         tiny_package(self.folder, self.subject, terms)
 
     def ready(self, version: int = 1) -> tuple[int, str]:

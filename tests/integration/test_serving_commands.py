@@ -102,7 +102,7 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
             "--head",
             "1",
         ),
-        *("--user", f"{folder / 'una' / 'identity.json'}:100", "--rows", "4", "--fixed", "--unassessed"),
+        *("--user", f"{folder / 'una' / 'identity.json'}:100", "--rows", "16", "--fixed", "--unassessed"),
         *("--audit", "1", "--out", folder / "package"),
     )
     np.save(folder / "records.npy", RECORDS)
@@ -132,15 +132,11 @@ def wait_for_enclave(url: str) -> None:
 def expected() -> np.ndarray[Any, np.dtype[np.float32]]:
     """The model's own probabilities, in the batches that the host computes."""
     torch.set_num_threads(1)
-    model, found = subject(), []
+    model, padded = subject(), torch.zeros((16, 1, 10, 10), dtype=torch.uint8)
+    padded[: len(RECORDS)] = torch.from_numpy(RECORDS)
     with torch.inference_mode():
-        for start in range(0, len(RECORDS), 4):
-            part = torch.zeros((4, 1, 10, 10), dtype=torch.uint8)
-            own = torch.from_numpy(RECORDS[start : start + 4])
-            part[: len(own)] = own
-            found.append(model.logits(model.pictures(part)).softmax(1)[: len(own)])
-    rows: np.ndarray[Any, np.dtype[np.float32]] = torch.cat(found).numpy()
-    return rows
+        found: np.ndarray[Any, np.dtype[np.float32]] = model.logits(model.pictures(padded)).softmax(1).numpy()
+    return found[: len(RECORDS)]
 
 
 def test_predict_gets_the_models_own_answers(scene: Scene) -> None:

@@ -214,7 +214,7 @@ class ScriptedServed:
             raise AccessError("user.budget-spent", "nothing is left", step="test", fix="Ask the owner.")
         self.spent += len(records)
         probabilities = probabilities_of(records).tobytes()
-        answer = Answer(audited=False, budget_left=user.budget - self.spent, probabilities=probabilities)
+        answer = Answer(audited=False, wrong=0, budget_left=user.budget - self.spent, probabilities=probabilities)
         return keys.seal_answer(head, self.answer(answer))
 
 

@@ -59,12 +59,12 @@ class Leaks:
         self.deflated = zlib.compress(normalise(records, package.data, channels_last=False).numpy().tobytes())
         return records
 
-    def talking_answers(self, batch: Batch, chances: Tensor, *, audited: bool) -> dict[int, bytes]:
+    def talking_answers(self, batch: Batch, chances: Tensor, *, audited: bool, wrong: int) -> dict[int, bytes]:
         """Prints the predicted names; answers in clear, and more than was asked."""
         best = chances.argmax(1)
         _debug(str([self.names[int(number)] for number in best]))
         clear = (chances.half().numpy().tobytes(), best.numpy().tobytes(), self.deflated)
-        due = self.answers(batch, chances, audited=audited)
+        due = self.answers(batch, chances, audited=audited, wrong=wrong)
         return dict.fromkeys(due, chances.numpy().tobytes()) | dict(enumerate(clear, BEYOND))
 
 

@@ -109,7 +109,14 @@ def _served(
     )
     with ServedModel.connect(url, model, expected, version=version or None, clock=lambda: datetime.now(UTC)) as served:
         got = served.predict(inputs)
-        more = {"budget_left": got.budget_left, "center_audited": got.audited, "package": served.package.digest()}
+        more: dict[str, object] = {
+            "form": served.package.form,
+            "cut_assessed": served.package.terms.exposure is not None,
+            "center_audited": got.audited,
+            "center_wrong": got.center_wrong,
+            "budget_left": got.budget_left,
+            "package": served.package.digest(),
+        }
         return _Found(got.classes, got.probabilities.max(1).tolist(), served.claims.simulated, more)
 
 

@@ -44,6 +44,7 @@ class Batches:
     def __init__(self, package: Package, model: ServedModel, sessions: Sessions, *, draw: Callable[[], float]) -> None:
         self._package, self._model, self._sessions, self._draw = package, model, sessions, draw
         self._open: dict[int, Batch] = {}
+        self._wrong = 0
 
     def begin(self, number: int, frames: Sequence[bytes]) -> tuple[Admitted, list[Tensor]]:
         """Admit requests, each for itself; the IR of those that were, if any.
@@ -74,6 +75,7 @@ class Batches:
         # Drawn now: the center cannot have known, when it computed, whether anybody would compare.
         audited = self._draw() < self._package.terms.audit
         if audited and not self._model.is_right(batch.sent, live):
+            self._wrong += 1
             raise IntegrityError(
                 "center.wrong",
                 "the host's center gave another output than the model's",
@@ -83,7 +85,7 @@ class Batches:
         chances = self._model.finish(live)
         if not is_below(float("inf"), [chances]):
             raise _malformed("with it the scores are no numbers")
-        return Answered(head.step, _answers(batch, chances, audited=audited))
+        return Answered(head.step, _answers(batch, chances, audited=audited, wrong=self._wrong))
 
     def abandon(self, number: int) -> Answered:
         """Forget a batch, whose budget stays spent: the center has its IR. Raises ProtocolError `serving.no-batch`."""
@@ -177,12 +179,12 @@ def _by_place(requests: Mapping[int, Request], live: Sequence[Tensor]) -> dict[i
     return parts
 
 
-def _answers(batch: Batch, chances: Tensor, *, audited: bool) -> dict[int, bytes]:
+def _answers(batch: Batch, chances: Tensor, *, audited: bool, wrong: int) -> dict[int, bytes]:
     """By place, each sealed under the key of the session that asked."""
     sealed = {}
     for place, (mine,) in _by_place(batch.requests, [chances]).items():
         request, raw = batch.requests[place], mine.contiguous().numpy().astype("<f4").tobytes()
-        sealed[place] = request.session.keys.seal_answer(request.head, Answer(audited, request.left, raw))
+        sealed[place] = request.session.keys.seal_answer(request.head, Answer(audited, wrong, request.left, raw))
     return sealed
 
 

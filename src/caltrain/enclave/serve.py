@@ -54,7 +54,7 @@ from caltrain.enclave.sessions import Sessions
 from caltrain.enclave.vault import Vault
 from caltrain.errors import AccessError, AttestationError, CaltrainError, ProtocolError
 from caltrain.models.wheel import Factory, load_wheel, no_wheel
-from caltrain.serving.package import GrantReceipt, Package, PackageKey, open_package, user_of
+from caltrain.serving.package import GrantReceipt, Package, PackageKey, match_package, open_package, user_of
 from caltrain.serving.session import SessionOpened, SessionSecret
 
 MAX_USED_NONCES = 1 << 16
@@ -130,14 +130,7 @@ def handle(service: Service, incoming: Incoming) -> Outgoing:
 def load_package(service: Service, message: LoadPackage) -> Outgoing:
     """Take the package to serve, if it names this program and its wheel. Whose it is, the evidence will say."""
     package = open_package(message.package)
-    own = service.vault.attester.measurement
-    if package.terms.measurement != own:
-        raise AttestationError(
-            "package.other-measurement",
-            f"the package trusts {package.terms.measurement}, this enclave is {own}",
-            step="load package",
-            fix="Run the program that the package names, or have the package made for this one.",
-        )
+    match_package(service.vault.attester.measurement, package)
     if (package.spec.wheel is None) != (not service.wheel):
         raise AttestationError(
             "package.wheel-missing",
@@ -171,7 +164,7 @@ def grant(service: Service, message: Grant) -> Outgoing:
     binding = vault.redeem(sealed, "serving")
     secret = open_message(sealed, PackageKey, binding=binding, key=vault.encryption, step="grant")
     model = load_model(package, secret.key, service.door, factory=service.factory)
-    service.sessions = Sessions(package.digest())
+    service.sessions = Sessions(package.digest(), (user.public_key for user in package.terms.users))
     service.model = model
     service.batches = Batches(package, model, service.sessions, draw=service.draw)
     return Served(signed=vault.signing.sign("grant-receipt", GrantReceipt(transcript=sealed.transcript))), ()

@@ -7,7 +7,9 @@ new one brings none.
 from __future__ import annotations
 
 import os
+from array import array
 from collections import OrderedDict
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from caltrain.errors import AccessError, ProtocolError
@@ -17,7 +19,8 @@ from caltrain.serving.session import LANES, RequestHead, SessionKeys, read_head
 MAX_SESSIONS = 4096
 MAX_SESSIONS_OF_USER = 256
 MAX_USERS_COUNTED = 1 << 16
-"""Users are never forgotten, or their budgets would be whole again; an issuer could name any number."""
+"""Users are never forgotten, or their budgets would be whole again; an issuer could name any number. Whom the package
+names has a place from the start."""
 MAX_SESSION_REQUESTS = 1 << 32
 
 
@@ -28,7 +31,7 @@ class Session:
     id: str
     user: ServedUser
     keys: SessionKeys
-    last: list[int] = field(default_factory=lambda: [-1] * LANES)
+    last: array[int] = field(default_factory=lambda: array("q", [-1] * LANES))
     requests: int = 0
 
     def open(self, frame: bytes, head: RequestHead) -> bytes:
@@ -50,12 +53,15 @@ class Session:
 
 
 class Sessions:
-    """All sessions of one package. Whoever opens one too many pushes out the longest unused: their own, or of all."""
+    """All sessions of one package. Whoever opens one too many pushes out the longest unused: their own, or of all.
 
-    def __init__(self, package: str) -> None:
+    `named` are the keys of the users whom the package names itself.
+    """
+
+    def __init__(self, package: str, named: Iterable[str] = ()) -> None:
         self._package = package
         self._open: OrderedDict[str, Session] = OrderedDict()
-        self._spent: dict[str, int] = {}
+        self._spent = dict.fromkeys(named, 0)
 
     def open(self, user: ServedUser, key: bytes) -> Session:
         """A new session. Raises AccessError `user.too-many`."""

@@ -38,6 +38,7 @@ from caltrain.proxy.tensors import metadata, read_records, reply_to
 from caltrain.serving.oip import LENGTH_HEADER, build_reply, parse_request
 
 MAX_BODY = 64 << 20
+_MODEL = "caltrain-model"
 _STATUS: dict[type[CaltrainError], int] = {
     AccessError: 403,
     AttestationError: 502,
@@ -112,10 +113,11 @@ def _model_routes(app: FastAPI, served: AsyncServedModel, path: str) -> None:
     async def infer(request: Request, model: str, version: str | None = None) -> Response:
         check(model, version)
         asked = parse_request(await _body(request), request.headers.get(LENGTH_HEADER))
-        records = read_records(asked)
-        reply, binary = reply_to(asked, await served.predict(records), served.package)
+        got = await served.predict(read_records(asked))
+        check(model, version)  # its owner may have replaced it since
+        reply, binary = reply_to(asked, got, served.package)
         body, headers = build_reply(reply, binary=binary)
-        return Response(body, headers=headers)
+        return Response(body, headers=headers | {_MODEL: got.model})
 
 
 async def _ready(served: AsyncServedModel) -> Response:
@@ -146,7 +148,7 @@ class _Front:
         async def stamped(message: Message) -> None:
             if message["type"] == "http.response.start":
                 headers = MutableHeaders(scope=message)
-                headers["caltrain-model"] = self._served.package.model
+                headers.setdefault(_MODEL, self._served.package.model)
                 if self._served.claims.simulated:
                     headers["caltrain-simulated"] = "true"
             await send(message)

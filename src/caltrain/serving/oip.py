@@ -33,6 +33,8 @@ EXTENSIONS = ("binary_tensor_data", "caltrain_sealed")
 """What `/v2` lists: the second is the named extension for sealed requests."""
 SEALED, SEALED_PARAMETER, SEALED_VERSION = "sealed", "caltrain_sealed", "v1"
 MAX_TENSORS = 16
+MAX_SEALED_HEAD = 64 << 10
+"""Most bytes of JSON that a host parses for a stranger."""
 _PATH = re.compile(r" - at `(\$[.\[\]a-z_0-9]{0,80})`\Z")
 T = TypeVar("T")
 
@@ -156,15 +158,16 @@ def unpack_sealed(body: bytes, json_length: str | None) -> tuple[str, bytes]:
 
     Raises ProtocolError `infer.sealed-only` for a request with inputs in clear, DataError `oip.malformed`, `oip.size`.
     """
-    head, rest = _split(body, json_length, _Request)
-    if head.parameters.get(SEALED_PARAMETER) != SEALED_VERSION:
-        raise ProtocolError(
-            "infer.sealed-only",
-            f"a request without the parameter {SEALED_PARAMETER} = {SEALED_VERSION}: this host reads no inputs",
-            step="read request",
-            fix="Ask through `caltrain proxy` on your own machine, or with the caltrain client: they seal the inputs.",
-        )
-    return head.id, _sealed(head.inputs, rest)
+    if _json_end(body, json_length) <= MAX_SEALED_HEAD:  # longer, it holds inputs
+        head, rest = _split(body, json_length, _Request)
+        if head.parameters.get(SEALED_PARAMETER) == SEALED_VERSION:
+            return head.id, _sealed(head.inputs, rest)
+    raise ProtocolError(
+        "infer.sealed-only",
+        f"a request without the parameter {SEALED_PARAMETER} = {SEALED_VERSION}: this host reads no inputs",
+        step="read request",
+        fix="Ask through `caltrain proxy` on your own machine, or with the caltrain client: they seal the inputs.",
+    )
 
 
 def pack_sealed_reply(model: str, version: str, request_id: str, sealed: bytes) -> tuple[bytes, dict[str, str]]:
@@ -178,14 +181,18 @@ def unpack_sealed_reply(body: bytes, json_length: str | None) -> bytes:
     return _sealed(head.outputs, rest)
 
 
+def _json_end(body: bytes, json_length: str | None) -> int:
+    if json_length is None:
+        return len(body)
+    if not (json_length.isascii() and json_length.isdigit() and len(json_length) <= 12):
+        raise mismatch(f"{LENGTH_HEADER} is no number")
+    if not 1 <= (end := int(json_length)) <= len(body):
+        raise mismatch(f"{LENGTH_HEADER} is {end}, the body has {len(body)} bytes")
+    return end
+
+
 def _split(body: bytes, json_length: str | None, type_: type[T]) -> tuple[T, memoryview]:
-    view, end = memoryview(body), len(body)
-    if json_length is not None:
-        if not (json_length.isascii() and json_length.isdigit() and len(json_length) <= 12):
-            raise mismatch(f"{LENGTH_HEADER} is no number")
-        end = int(json_length)
-        if not 1 <= end <= len(body):
-            raise mismatch(f"{LENGTH_HEADER} is {end}, the body has {len(body)} bytes")
+    view, end = memoryview(body), _json_end(body, json_length)
     try:
         return json_decoder(type_).decode(view[:end]), view[end:]
     except UNDECODABLE as error:

@@ -9,6 +9,7 @@ section 4; the mapping of class indices is that of its later versions).
 from __future__ import annotations
 
 import math
+from functools import cached_property
 from typing import Annotated, Literal
 
 import msgspec
@@ -106,7 +107,7 @@ class Terms(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
         return Partition(front=self.front, head=self.head)
 
 
-class Package(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+class Package(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, dict=True):
     """The manifest (DSSE kind `package`, signed by `owner`)."""
 
     version: Literal[1] = 1
@@ -123,6 +124,10 @@ class Package(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
 
     def digest(self) -> str:
         """What evidence of a serving enclave binds."""
+        return self._digest
+
+    @cached_property
+    def _digest(self) -> str:  # anybody may ask for evidence, and of thousands of users it takes a tenth of a second
         return digest("package/v1", canonical_json(self))
 
     @property

@@ -28,7 +28,8 @@ LAST = 1 << 48
 _VERSION = 1
 _REQUEST = struct.Struct(">B16sBQ")
 _ANSWER = struct.Struct(">BBQ")
-_PLAIN = struct.Struct("<BQ")
+_PLAIN = struct.Struct("<BIQ")
+_MAX_COUNT = (1 << 32) - 1
 REQUEST_OVERHEAD = _REQUEST.size + TAG_BYTES
 
 
@@ -72,10 +73,12 @@ class RequestHead(msgspec.Struct, frozen=True):
 class Answer(msgspec.Struct, frozen=True):
     """An opened answer. `probabilities` is float32, little endian, rows x classes.
 
-    `audited`: the enclave computed the center's part of this batch itself and got the same.
+    `audited`: the enclave computed the center's part of this batch itself and got the same. `wrong`: how often it has
+    got something else since it began to serve; the host can withhold those answers, not the count in all later ones.
     """
 
     audited: bool
+    wrong: int
     budget_left: int
     probabilities: bytes
 
@@ -102,7 +105,7 @@ class SessionKeys:
 
     def seal_answer(self, head: RequestHead, answer: Answer) -> bytes:
         """The answer to the request with that head."""
-        plain = _PLAIN.pack(answer.audited, answer.budget_left) + answer.probabilities
+        plain = _PLAIN.pack(answer.audited, min(answer.wrong, _MAX_COUNT), answer.budget_left) + answer.probabilities
         return _ANSWER.pack(_VERSION, head.lane, head.number) + self._answers.seal(
             _index(head.lane, head.number), plain
         )
@@ -121,8 +124,8 @@ class SessionKeys:
                 fix="Ask again; if it repeats, the host misbehaves: report it.",
             )
         plain = self._answers.unseal(_index(lane, number), memoryview(frame)[_ANSWER.size :], step="open answer")
-        audited, left = _PLAIN.unpack_from(plain)
-        return Answer(bool(audited), left, plain[_PLAIN.size :])
+        audited, wrong, left = _PLAIN.unpack_from(plain)
+        return Answer(bool(audited), wrong, left, plain[_PLAIN.size :])
 
 
 def read_head(frame: bytes) -> RequestHead:

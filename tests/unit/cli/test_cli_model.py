@@ -45,7 +45,7 @@ def owner(tmp_path: Path, cli: Cli) -> Owner:
 
 
 def test_a_package_is_what_was_asked_for(owner: Owner) -> None:
-    shown = owner.package("--head", "1", "--audit", "0.5", "--rows", "4", "--fixed", "--top", "2")
+    shown = owner.package("--head", "1", "--audit", "0.5", "--rows", "16", "--fixed", "--top", "2")
     assert shown.code == 0
     package = owner.opened().package
     terms = package.terms

@@ -12,7 +12,7 @@ import pytest
 
 from caltrain.attestation.verify import Policy
 from caltrain.boundary.sealed import seal_for
-from caltrain.client.served.handshake import MAX_OPENED, Handshake, Offer
+from caltrain.client.served.handshake import MAX_OPENED, Handshake
 from caltrain.errors import (
     AccessError,
     AttestationError,
@@ -23,7 +23,7 @@ from caltrain.errors import (
     ProtocolError,
 )
 from caltrain.records.schema import DataSchema
-from caltrain.serving.session import SessionOpened
+from caltrain.serving.session import Offer, SessionOpened
 from support.samples import refused, signer
 from support.scripted_served import OWNER, ROOT, USER, ScriptedServed, credential, expectations, now, package
 from support.tiny import CLASSES, MEASUREMENT, SHAPE, pictures
@@ -71,11 +71,11 @@ def _edit_offer(change: Callable[[Offer], Offer]) -> Spoil:
 def _swap_key(offer: Offer) -> Offer:
     bundle = offer.bundle
     binding = msgspec.structs.replace(bundle.binding, encryption_key=ScriptedServed().key.public)
-    return Offer(offer.package, msgspec.structs.replace(bundle, binding=binding))
+    return msgspec.structs.replace(offer, bundle=msgspec.structs.replace(bundle, binding=binding))
 
 
 def _swap_package(offer: Offer) -> Offer:
-    return Offer(OWNER.sign("package", package(top=1)), offer.bundle)
+    return msgspec.structs.replace(offer, package=OWNER.sign("package", package(top=1)))
 
 
 CHEATS: dict[str, tuple[type[CaltrainError], str, Spoil]] = {

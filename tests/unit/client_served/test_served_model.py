@@ -267,6 +267,17 @@ def test_no_number_of_a_lane_is_used_twice() -> None:
     assert {lane for lane, _ in used} == set(range(UNDER_WAY))
 
 
+def test_a_forked_process_seals_nothing_under_the_numbers_of_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    host = ScriptedServed()
+    with host.connect() as served:
+        with monkeypatch.context() as forked:
+            forked.setattr("os.getpid", lambda: -1)
+            with refused(ProtocolError, "session.other-process"):
+                served.predict(ROWS)
+        assert not host.frames
+        served.predict(ROWS)
+
+
 @pytest.mark.parametrize("after", [None, "0", "1"])
 def test_too_many_requests_of_a_session_are_waited_for(after: str | None, slept: list[float]) -> None:
     host = ScriptedServed()

@@ -59,19 +59,19 @@ FORMS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("form", FORMS)
 def test_with_fixed_batches_every_answer_has_the_bits_of_the_unsplit_model(tmp_path: Path, form: str) -> None:
-    with served(tmp_path, fixed=True, **FORMS[form]) as world:
+    with served(tmp_path, rows=16, fixed=True, **FORMS[form]) as world:
         una = world.start().session("una")
         for batch, count in enumerate((1, 3, 4)):
             records = world.pictures(count, seed=batch)
             answer = world.predict(batch, una.seal(records))[0]
-            assert torch.equal(una.table(answer), world.expected(records, rows=4))
+            assert torch.equal(una.table(answer), world.expected(records, rows=16))
 
 
 def test_with_fixed_batches_the_host_sees_as_many_records_whatever_was_asked(tmp_path: Path) -> None:
-    with served(tmp_path, fixed=True) as world:
+    with served(tmp_path, rows=16, fixed=True) as world:
         una = world.start().session("una")
         admitted, ir = world.infer(0, [una.seal(world.pictures(1))])
-        assert (admitted.rows, [len(x) for x in ir]) == (1, [4])
+        assert (admitted.rows, [len(x) for x in ir]) == (1, [16])
 
 
 @pytest.mark.parametrize(("across", "near"), [("f32", 1e-6), ("bf16", 0.1), ("int8", 0.1)])
@@ -201,7 +201,7 @@ def test_the_end_of_the_stream_ends_the_enclave(tmp_path: Path) -> None:
 
 def test_a_package_for_another_program_is_refused(tmp_path: Path) -> None:
     with served(tmp_path, measurement="sha384:" + "cd" * 48) as world:
-        world.refused(m.LoadPackage(world.opened.envelope), "package.other-measurement")
+        world.refused(m.LoadPackage(world.opened.envelope), "evidence.not-the-packages")
         world.refused(Attest("serving", os.urandom(32).hex()), "session.not-now")
 
 
@@ -277,6 +277,15 @@ def test_a_credential_of_the_issuer_names_a_user_with_a_budget(new: ServedWorld)
         (credential(new, name="lee"), "user.not-named"),
     ):
         new.refused(new.demand("kim", bytes(32), **wrong)[0], why)  # type: ignore[arg-type]
+
+
+def test_users_of_the_issuer_keep_nobody_out_whom_the_package_names(
+    new: ServedWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("caltrain.enclave.sessions.MAX_USERS_COUNTED", len(new.package.terms.users))
+    new.start()
+    new.refused(new.demand("kim", bytes(32), **credential(new))[0], "user.too-many")  # type: ignore[arg-type]
+    new.session("una")
 
 
 def test_a_demand_is_taken_once_and_only_by_the_enclave_it_was_sealed_for(world: ServedWorld) -> None:
@@ -487,8 +496,11 @@ def test_an_audited_output_of_another_model_is_refused(tmp_path: Path, across: s
             out[0][1, 0] = out[0][1, 0] // 2 + 40
         else:
             out[0][1, 0] += apart * out[0][1].abs().max()
+        assert una.open(world.predict(9, una.seal(world.pictures(1), lane=1))[0], lane=1).wrong == 0
         answered = world.give(0, out)
         assert (code(answered.error), answered.answers) == ("center.wrong", {})
+        later = una.open(world.predict(10, una.seal(world.pictures(1), lane=1))[0], lane=1)
+        assert (later.audited, later.wrong) == (True, 1)
 
 
 def test_an_output_that_is_no_number_is_malformed_before_anything_is_compared(tmp_path: Path) -> None:

@@ -61,12 +61,14 @@ def staged() -> Subject:
 
 def test_stages_of_the_packages_wheel_are_served_and_audited(tmp_path: Path) -> None:
     named = with_wheel(MEASUREMENT, WHEEL.sha256)
-    with served(tmp_path, subject=staged(), wheel=RAW, measurement=named, audit=1.0, head=1, fixed=True) as world:
+    with served(
+        tmp_path, subject=staged(), wheel=RAW, measurement=named, audit=1.0, head=1, rows=16, fixed=True
+    ) as world:
         una = world.start().session("una")
         records = world.pictures(2)
         answer = world.predict(0, una.seal(records))[0]
         assert una.open(answer).audited
-        assert torch.equal(una.table(answer), world.expected(records, rows=4))
+        assert torch.equal(una.table(answer), world.expected(records, rows=16))
 
 
 def test_an_enclave_without_the_wheel_with_another_or_with_one_too_many_is_refused(tmp_path: Path) -> None:
@@ -74,7 +76,7 @@ def test_an_enclave_without_the_wheel_with_another_or_with_one_too_many_is_refus
     with_other = with_wheel(MEASUREMENT, to_text(hashlib.sha256(other).digest()))
     for number, (wheel, started_with, measurement, code) in enumerate(
         (
-            (RAW, b"", with_wheel(MEASUREMENT, WHEEL.sha256), "package.other-measurement"),
+            (RAW, b"", with_wheel(MEASUREMENT, WHEEL.sha256), "evidence.not-the-packages"),
             (RAW, b"", MEASUREMENT, "package.wheel-missing"),
             (RAW, other, with_other, "wheel.other-digest"),
             (b"", RAW, with_wheel(MEASUREMENT, WHEEL.sha256), "package.wheel-missing"),
@@ -108,7 +110,7 @@ class Program(ServedWorld):
 def test_the_program_serves_behind_its_lock(tmp_path: Path) -> None:
     subject = staged()
     measurement = with_wheel(measure_enclave(), WHEEL.sha256)
-    terms = tiny_terms(measurement=measurement, audit=1.0, fixed=True, mapped=True, front=1, across="int8", rows=8)
+    terms = tiny_terms(measurement=measurement, audit=1.0, fixed=True, mapped=True, front=1, across="int8", rows=16)
     world = Program(subject, tiny_package(tmp_path, subject, terms, wheel=RAW), wheel=RAW)
     try:
         assert world.ready.measurement == measurement

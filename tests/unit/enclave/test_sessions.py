@@ -161,6 +161,17 @@ def test_more_users_than_can_be_counted_are_refused_and_the_known_ones_still_ser
     sessions.open(user("pat"), KEY)
 
 
+def test_an_issuer_who_names_too_many_keeps_nobody_out_whom_the_package_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MAX_USERS_COUNTED", 3)
+    una = user()
+    sessions = Sessions(PACKAGE, [una.public_key])
+    sessions.open(user("one"), KEY)
+    sessions.open(user("two"), KEY)
+    with refused(AccessError, "user.too-many"):
+        sessions.open(user("three"), KEY)
+    assert sessions.left(sessions.open(una, KEY).user) == una.budget
+
+
 def test_a_user_who_opens_too_many_pushes_out_their_own_longest_unused_session(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "MAX_SESSIONS_OF_USER", 2)
     sessions = Sessions(PACKAGE)

@@ -354,19 +354,27 @@ def test_bodies_that_take_too_much_memory_together_are_told_to_come_back(folder:
         una = await host.session("una")
         hold = asyncio.Event()
 
-        async def held() -> Any:
+        async def silent() -> Any:
+            await hold.wait()
             yield b"{"
+
+        async def held() -> Any:
+            yield b"{" + b" " * 3980
             await hold.wait()
 
+        announced = [asyncio.create_task(host.client.post(INFER, content=silent())) for _ in range(3)]
+        await asyncio.sleep(0.05)
+        sealed_of(await host.infer(una.seal(pictures(1))))  # what was only announced keeps nobody out
         first = asyncio.create_task(host.client.post(INFER, content=held()))
         await asyncio.sleep(0.05)
         got = await host.infer(una.seal(pictures(1)))
         assert error_of(got) == (503, "serving.busy")
         hold.set()
-        assert error_of(await first) == (400, "oip.malformed")
+        for late in (first, *announced):
+            assert error_of(await late) == (400, "oip.malformed")
         sealed_of(await host.infer(una.seal(pictures(1))))
 
-    played(folder, play, bodies=Bodies(most=1000))
+    played(folder, play, bodies=Bodies(most=4000))
 
 
 def test_metrics_count_by_outcome_and_hold_nothing_of_users_or_sessions(folder: Path) -> None:

@@ -14,14 +14,14 @@ import torch
 
 from caltrain.boundary.channel import Tensors
 from caltrain.boundary.serving import Served
-from caltrain.errors import ConfigError, EnvironmentFault, IntegrityError
+from caltrain.errors import AccessError, ConfigError, EnvironmentFault, IntegrityError
 from caltrain.host.serving import model as model_module
 from caltrain.host.serving.center import ServedCenter
 from caltrain.host.serving.enclave import OnComputed
 from caltrain.host.serving.faults import Outcome
 from caltrain.host.serving.launch import Launcher
 from caltrain.host.serving.server import check_packages
-from caltrain.host.serving.sessions import IDLE_SECONDS, MOST, Sessions
+from caltrain.host.serving.sessions import IDLE_SECONDS, MOST, MOST_OF_USER, Sessions
 from caltrain.serving.folder import open_folder
 from caltrain.serving.session import SessionRequest
 from support.samples import refused
@@ -76,7 +76,7 @@ def test_a_crashed_enclave_is_started_anew_and_needs_the_owner_and_new_sessions(
 def test_under_load_with_a_killed_enclave_each_request_is_answered_rightly_once_or_told_to_come_back(
     tmp_path: Path,
 ) -> None:
-    one = tiny_folder(tmp_path / "one", head=2, budget=10_000, fixed=True).folder
+    one = tiny_folder(tmp_path / "one", head=2, budget=10_000, rows=16, fixed=True).folder
     rows = pictures(8, seed=3)
     right: dict[int, Any] = {}
     told: set[str] = set()
@@ -198,9 +198,9 @@ def test_requests_under_way_and_in_the_queue_are_told_of_the_crash(one: Path) ->
     async def play(host: Host) -> None:
         await host.grant()
         una = await host.session("una")
-        tasks = [asyncio.create_task(host.infer(una.seal(pictures(4, seed=lane), lane=lane))) for lane in range(5)]
+        tasks = [asyncio.create_task(host.infer(una.seal(pictures(16, seed=lane), lane=lane))) for lane in range(4)]
         async with asyncio.timeout(20):
-            while not (center.got == 2 and host.model.batcher.rows == 12):
+            while not (center.got == 2 and host.model.batcher.rows == 32):
                 await asyncio.sleep(0.001)
         host.launch.kill()
         for got in await asyncio.gather(*tasks):
@@ -376,15 +376,39 @@ def test_sessions_that_are_idle_are_closed_when_another_opens() -> None:
     now = [0.0]
     sessions = Sessions(lambda: now[0])
     assert sessions.last_used == float("-inf")
-    assert sessions.opened("a") == []
+    assert sessions.opened("a", "una") == []
     now[0] = 5.0
-    assert sessions.opened("b") == []
+    assert sessions.opened("b", "una") == []
     assert sessions.last_used == 5.0
-    with sessions.request("a"):
+    with sessions.request("a", 1, most_rows=9):
         now[0] = 2 * IDLE_SECONDS
         assert sessions.last_used == now[0]
-        assert sessions.opened("c") == ["b"], "one with a request under way is not idle"
+        assert sessions.opened("c", "una") == ["b"], "one with a request under way is not idle"
     for number in range(MOST - 2):
-        assert sessions.opened(str(number)) == []
+        assert sessions.opened(str(number), str(number)) == []
     now[0] += 1
-    assert (len(sessions), len(sessions.opened("more"))) == (MOST, 1)
+    assert (len(sessions), len(sessions.opened("more", "more"))) == (MOST, 1)
+
+
+def test_a_user_who_opens_too_many_sessions_loses_their_own() -> None:
+    sessions = Sessions(lambda: 0.0)
+    sessions.opened("pats", "pat")
+    for number in range(MOST_OF_USER):
+        assert sessions.opened(str(number), "una") == []
+    with sessions.request("0", 1, most_rows=9):
+        assert sessions.opened("more", "una") == ["1"], "one with a request under way stays"
+    assert "pats" in sessions
+    assert len(sessions) == MOST_OF_USER + 1
+
+
+def test_a_user_has_a_share_of_the_queue_over_all_sessions_and_no_more() -> None:
+    sessions = Sessions(lambda: 0.0)
+    for name, user in (("one", "una"), ("two", "una"), ("other", "pat")):
+        sessions.opened(name, user)
+    with sessions.request("one", 4, most_rows=8), sessions.request("two", 4, most_rows=8):
+        with refused(AccessError, "session.busy"), sessions.request("one", 1, most_rows=8):
+            pass
+        with sessions.request("other", 8, most_rows=8):
+            pass
+    with sessions.request("one", 8, most_rows=8):
+        pass

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import socket
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from caltrain.boundary.messages import CallFailed, Data, Failed, Read, Ready, St
 from caltrain.boundary.serving import SERVING_REQUESTS, LoadPackage
 from caltrain.crypto.dsse import SigningKey
 from caltrain.errors import AttestationError, ConfigError
-from caltrain.host.serving import launch
+from caltrain.host.serving import heads, launch
 from caltrain.host.serving.app import create_app
 from caltrain.host.serving.launch import answer
 from caltrain.host.serving.metrics import Metrics
@@ -109,7 +111,7 @@ def test_a_package_that_the_enclave_refuses_is_named_and_the_program_ended(
     program = Ended(theirs)
     ready = Ready("sha384:" + "0" * 96, simulated=True, sandbox={})
     monkeypatch.setattr(launch, "start_program", lambda *_, **__: (program, Channel(ours), ready))
-    no = AttestationError("package.other-measurement", "no", step="load package", fix="Package it anew.")
+    no = AttestationError("evidence.not-the-packages", "no", step="load package", fix="Package it anew.")
 
     def play() -> None:
         end = Channel(theirs)
@@ -121,9 +123,63 @@ def test_a_package_that_the_enclave_refuses_is_named_and_the_program_ended(
     enclave = threading.Thread(target=play)
     enclave.start()
     made = launch.Launcher(tiny_folder(tmp_path), root_secret=bytes(32), threads=1)
-    with refused(AttestationError, "package.other-measurement"):
+    with refused(AttestationError, "evidence.not-the-packages"):
         made(lambda: None)
     enclave.join(20)
     assert not enclave.is_alive()
     assert program.killed
     made.close()
+
+
+class Patient:
+    """A server on a socket whose heads are due in a tenth of a second."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(heads, "HEAD_SECONDS", 0.1)
+
+        async def app(scope: Any, receive: Any, send: Any) -> None:
+            body = await receive()
+            await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
+            await send({"type": "http.response.body", "body": str(len(body["body"])).rjust(2).encode()})
+
+        config = uvicorn.Config(
+            app, http=heads.PatientProtocol, lifespan="off", log_level="error", timeout_keep_alive=60
+        )
+        self.server, self.sock = uvicorn.Server(config), bind("127.0.0.1", 0)
+        self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [self.sock]}, daemon=True)
+
+    def __enter__(self) -> Patient:
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.server.should_exit = True
+        self.thread.join(timeout=10)
+        self.sock.close()
+
+    def connect(self) -> socket.socket:
+        return socket.create_connection(self.sock.getsockname(), timeout=10)
+
+
+HEAD = b"POST / HTTP/1.1\r\nHost: h\r\nContent-Length: 1\r\n\r\n"
+
+
+@pytest.mark.parametrize("sent", [b"", HEAD[:20]])
+def test_who_sends_no_whole_head_is_cut_off(sent: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Patient(monkeypatch) as patient, patient.connect() as client:
+        client.sendall(sent)
+        assert client.recv(100) == b""
+
+
+def test_who_begins_another_request_and_stops_is_cut_off_and_who_is_quick_or_waits_between_is_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with Patient(monkeypatch) as patient, patient.connect() as client:
+        for _ in range(2):
+            client.sendall(HEAD)
+            time.sleep(0.3)  # the body is late: that is another time-out's business
+            client.sendall(b"x")
+            assert client.recv(1000).endswith(b" 1")
+            time.sleep(0.3)  # between requests a connection may rest
+        client.sendall(HEAD[:30])
+        assert client.recv(100) == b""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from typing import Any, cast
 
 import httpx
@@ -10,13 +11,15 @@ import msgspec
 import numpy as np
 import pytest
 from fastapi import FastAPI
+from numpy.typing import NDArray
 
 from caltrain import __version__
+from caltrain.client.served import AsyncServedModel, Prediction
 from caltrain.errors import CaltrainError, DataError, IntegrityError
 from caltrain.proxy.app import MAX_BODY, create_app
 from caltrain.serving.oip import LENGTH_HEADER, InferRequest, Tensor, build_request, parse_reply
 from support import asgi
-from support.proxied import call
+from support.proxied import LOCAL, call
 from support.scripted_served import ScriptedServed, busy, package, probabilities_of
 from support.tiny import CLASSES, MEASUREMENT, pictures
 
@@ -55,6 +58,31 @@ def test_health_is_an_empty_200(path: str) -> None:
     assert (answer.status_code, answer.content) == (200, b"")
     assert answer.headers["caltrain-simulated"] == "true"
     assert answer.headers["caltrain-model"] == host.package.model
+
+
+def test_an_answer_is_stamped_with_the_model_that_gave_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    predict, other = AsyncServedModel.predict, "sha256:" + "0" * 64
+
+    async def predicted(served: AsyncServedModel, records: NDArray[np.generic]) -> Prediction:
+        return dataclasses.replace(await predict(served, records), model=other)
+
+    monkeypatch.setattr(AsyncServedModel, "predict", predicted)
+    assert call(ScriptedServed(), "POST", INFER, content=body()).headers["caltrain-model"] == other
+
+
+def test_a_version_that_was_named_is_not_answered_by_the_next_one() -> None:
+    host = ScriptedServed()
+
+    async def run() -> list[httpx.Response]:
+        async with await host.connect_async() as served:
+            transport = httpx.ASGITransport(create_app(served))
+            async with httpx.AsyncClient(base_url=LOCAL, transport=transport) as http:
+                host.restart(package(revision=2))
+                return [await http.post(f"/v2/models/tiny{v}/infer", content=body()) for v in ("/versions/1", "")]
+
+    named, any_ = asyncio.run(run())
+    failed(named, 404, "model.unknown")
+    assert any_.json()["model_version"] == "2"
 
 
 @pytest.mark.parametrize("what", [busy("serving.no-key"), None])

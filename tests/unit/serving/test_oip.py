@@ -14,6 +14,7 @@ from hypothesis.extra import numpy as hnp
 from caltrain.errors import CaltrainError, DataError, ProtocolError
 from caltrain.serving.oip import (
     LENGTH_HEADER,
+    MAX_SEALED_HEAD,
     MAX_TENSORS,
     InferReply,
     InferRequest,
@@ -315,6 +316,15 @@ def test_a_plain_request_is_told_where_to_go() -> None:
         with refused(ProtocolError, "infer.sealed-only") as caught:
             unpack_sealed(whole(**changes), None)
         assert "caltrain proxy" in caught.value.fix
+
+
+def test_no_host_parses_more_json_for_a_stranger_than_a_sealed_request_needs() -> None:
+    sealed, headers = pack_sealed(b"frame")
+    most = b" " * (MAX_SEALED_HEAD - int(headers[LENGTH_HEADER])) + sealed
+    assert unpack_sealed(most, str(MAX_SEALED_HEAD)) == ("", b"frame")
+    for longer, header in ((b" " + most, str(MAX_SEALED_HEAD + 1)), (b"{" * (MAX_SEALED_HEAD + 1), None)):
+        with refused(ProtocolError, "infer.sealed-only"):
+            unpack_sealed(longer, header)
 
 
 @pytest.mark.parametrize(

@@ -176,6 +176,15 @@ def credential(
     return signer(by).sign(kind, UserCredential(package=served.digest(), user=user))
 
 
+def test_the_digest_is_made_once_and_never_that_of_another_manifest(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = package()
+    made = one.digest()
+    other = msgspec.structs.replace(one, id="0" * 32)
+    assert other.digest() == package(id="0" * 32).digest() != made
+    monkeypatch.setattr("caltrain.serving.package.canonical_json", lambda _: b"")
+    assert one.digest() == made
+
+
 def test_users_are_those_of_the_package_and_those_that_its_issuer_names() -> None:
     served = package(**ISSUER)
     assert user_of(served, "una", None) == served.terms.users[0]

@@ -36,10 +36,12 @@ def test_a_request_opens_as_it_was_sealed(lane: int, number: int, rows: bytes) -
 
 
 @quick
-@given(lanes, numbers, st.booleans(), st.integers(0, 2**64 - 1), st.binary(max_size=200))
-def test_an_answer_opens_as_it_was_sealed(lane: int, number: int, audited: bool, left: int, table: bytes) -> None:
+@given(lanes, numbers, st.booleans(), st.integers(0, 2**32 - 1), st.integers(0, 2**64 - 1), st.binary(max_size=200))
+def test_an_answer_opens_as_it_was_sealed(
+    lane: int, number: int, audited: bool, wrong: int, left: int, table: bytes
+) -> None:
     head = read_head(keys().seal_request(lane, number, b""))
-    answer = Answer(audited, left, table)
+    answer = Answer(audited, wrong, left, table)
     assert keys().open_answer(keys().seal_answer(head, answer), lane, number) == answer
 
 
@@ -77,7 +79,7 @@ def test_no_bit_of_a_request_can_change() -> None:
 
 def test_no_bit_of_an_answer_can_change() -> None:
     head = read_head(keys().seal_request(5, 9, b""))
-    for changed in flips(keys().seal_answer(head, Answer(audited=True, budget_left=3, probabilities=b"abcd"))):
+    for changed in flips(keys().seal_answer(head, Answer(audited=True, wrong=0, budget_left=3, probabilities=b"abcd"))):
         with pytest.raises((IntegrityError, ProtocolError)):
             keys().open_answer(changed, 5, 9)
 
@@ -89,7 +91,7 @@ def test_other_keys_packages_and_sessions_open_nothing(whose: dict[str, str]) ->
     frame = keys().seal_request(0, 0, b"rows")
     with refused(IntegrityError, "sealed.not-authentic"):
         opened(frame, **whose)
-    answer = keys().seal_answer(read_head(frame), Answer(audited=False, budget_left=0, probabilities=b""))
+    answer = keys().seal_answer(read_head(frame), Answer(audited=False, wrong=0, budget_left=0, probabilities=b""))
     with refused(IntegrityError, "sealed.not-authentic"):
         keys(**whose).open_answer(answer, 0, 0)  # type: ignore[arg-type]
 
@@ -97,7 +99,7 @@ def test_other_keys_packages_and_sessions_open_nothing(whose: dict[str, str]) ->
 @pytest.mark.parametrize(("lane", "number"), [(1, 0), (0, 1)])
 def test_the_answer_to_another_request_is_foreign(lane: int, number: int) -> None:
     head = read_head(keys().seal_request(0, 0, b""))
-    answer = keys().seal_answer(head, Answer(audited=False, budget_left=0, probabilities=b""))
+    answer = keys().seal_answer(head, Answer(audited=False, wrong=0, budget_left=0, probabilities=b""))
     for other in (answer, answer[:20], b"", b"\x02" + answer[1:]):
         with refused(ProtocolError, "answer.foreign"):
             keys().open_answer(other, lane, number)
@@ -107,6 +109,6 @@ def test_the_answer_to_another_request_is_foreign(lane: int, number: int) -> Non
 
 
 def test_a_request_is_no_answer() -> None:
-    frame = keys().seal_request(0, 0, bytes(9))
+    frame = keys().seal_request(0, 0, bytes(13))
     with refused(IntegrityError, "sealed.not-authentic"):
         keys().open_answer(b"\x01" + bytes(9) + frame[26:], 0, 0)

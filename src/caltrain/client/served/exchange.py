@@ -16,18 +16,19 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from caltrain.client.served.handshake import MAX_OPENED, Expectations, Handshake, Offer
+from caltrain.client.served.handshake import MAX_OPENED, Expectations, Handshake
 from caltrain.client.served.session import UNDER_WAY, Part, Prediction, Session, check_records, join
 from caltrain.crypto.dsse import MAX_ENVELOPE_BYTES
 from caltrain.errors import AccessError, CaltrainError, EnvironmentFault, ProtocolError
 from caltrain.host_client import read_failure, read_json
 from caltrain.serving.oip import LENGTH_HEADER, pack_sealed, unpack_sealed_reply
 from caltrain.serving.package import Package
+from caltrain.serving.session import Offer
 
 PATIENCE = 60.0
 """Most seconds that one call may wait in all for a busy or restarting host."""
 LIMITS = httpx.Limits(max_connections=100, max_keepalive_connections=UNDER_WAY, keepalive_expiry=3)
-"""Servers end idle connections after 5 seconds: ours end before, so that no request meets one that is ending."""
+"""Many servers end idle connections after 5 seconds: ours end before, so that no request meets one that is ending."""
 _MAX_RENEWALS = 3
 _RENEW = frozenset({"session.unknown", "serving.restarted", "model.unknown"})
 """The session's enclave is gone, or its version of the model is no longer served."""

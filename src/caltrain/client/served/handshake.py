@@ -15,15 +15,14 @@ from datetime import datetime
 
 import msgspec
 
-from caltrain.attestation.evidence import EvidenceBundle
 from caltrain.attestation.verify import Claims, Policy, verify_evidence
 from caltrain.boundary.sealed import open_for, seal_message, transcript_digest
 from caltrain.client.served.session import Session
 from caltrain.crypto.digests import same
 from caltrain.crypto.dsse import Envelope, SigningKey
-from caltrain.errors import AccessError, AttestationError, ConfigError, IntegrityError
-from caltrain.serving.package import ModelName, Package, open_package, user_of
-from caltrain.serving.session import SessionOpened, SessionRequest, SessionSecret
+from caltrain.errors import AccessError, ConfigError, IntegrityError
+from caltrain.serving.package import ModelName, Package, match_package, open_package, user_of
+from caltrain.serving.session import Offer, SessionOpened, SessionRequest, SessionSecret
 
 MAX_OPENED = 2 << 20
 _STEP = "verify served model"
@@ -40,13 +39,6 @@ class Expectations:
     signer: SigningKey = field(repr=False)
     credential: Envelope | None = None
     """The issuer's, where the package does not name the user."""
-
-
-class Offer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What the host shows for a nonce: the model's package, evidence of the enclave that serves it."""
-
-    package: Envelope
-    bundle: EvidenceBundle
 
 
 @dataclass(frozen=True)
@@ -92,7 +84,7 @@ class Handshake:
         claims = verify_evidence(
             offer.bundle, expected.policy, purpose="serving", plan=package.digest(), nonce=self.nonce, now=now
         )  # (4)
-        _check_program(package, claims)  # (5)
+        match_package(claims.measurement, package)  # (5)
         binding = offer.bundle.binding
         sealed = seal_message(
             "session", SessionSecret(key=self._key), binding=binding, sender=expected.user, signer=expected.signer
@@ -142,16 +134,6 @@ def _check_user(package: Package, expected: Expectations) -> None:
             f"the package or credential names another key for {expected.user}",
             step=_STEP,
             fix="Ask with the key that is named there, or ask the model's owner or issuer to name yours.",
-        )
-
-
-def _check_program(package: Package, claims: Claims) -> None:
-    if claims.measurement != package.terms.measurement:
-        raise AttestationError(
-            "evidence.not-the-packages",
-            f"the enclave runs {claims.measurement}, the package names {package.terms.measurement}",
-            step=_STEP,
-            fix="Refuse this enclave: its operator started another program than the one that the model's owner trusts.",
         )
 
 

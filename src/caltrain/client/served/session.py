@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -36,6 +37,7 @@ class Part(NamedTuple):
 
     probabilities: Probabilities
     audited: bool
+    wrong: int
     budget_left: int
 
 
@@ -45,7 +47,8 @@ class Prediction:
 
     `probabilities` is (N, K) float32, its columns are called `names`; `classes` holds the likeliest name of each
     record, `indices` its column. `audited`: the enclave computed the center's part of every batch itself and got the
-    same. `budget_left` counts records. `package` is the digest of the package that answered, `model` of its model.
+    same; `center_wrong`: how often, in all the batches that it looked at, it got something else. `budget_left` counts
+    records. `package` is the digest of the package that answered, `model` of its model.
     """
 
     probabilities: Probabilities
@@ -53,6 +56,7 @@ class Prediction:
     indices: NDArray[np.int64]
     names: tuple[str, ...]
     audited: bool
+    center_wrong: int
     budget_left: int
     package: str
     model: str
@@ -77,6 +81,7 @@ class Session:
         self._keys = SessionKeys(key, package=self.digest, session=opened.session)
         self._free = deque(range(UNDER_WAY))
         self._next = [0] * UNDER_WAY
+        self._process = os.getpid()
 
     def acquire(self) -> int:
         """A lane, until `release`. Raises AccessError `session.busy` when all are taken."""
@@ -92,7 +97,17 @@ class Session:
         self._free.append(lane)
 
     def seal(self, lane: int, rows: NDArray[np.generic]) -> Asked:
-        """Seal records (N, C, H, W) as the next request of an acquired lane."""
+        """Seal records (N, C, H, W) as the next request of an acquired lane.
+
+        Raises ProtocolError `session.other-process` in a fork: both processes would seal under the same numbers.
+        """
+        if os.getpid() != self._process:
+            raise ProtocolError(
+                "session.other-process",
+                "the session was opened before this process was forked",
+                step="ask",
+                fix="Connect in each process that asks.",
+            )
         number = self._next[lane]
         self._next[lane] = number + 1  # first: whatever happens now, no number seals twice
         raw = np.ascontiguousarray(rows).tobytes()
@@ -106,7 +121,7 @@ class Session:
         answer = self._keys.open_answer(sealed, asked.lane, asked.number)
         probabilities = _checked(answer, asked.rows, self.package)
         self.budget_left = answer.budget_left
-        return Part(probabilities, answer.audited, answer.budget_left)
+        return Part(probabilities, answer.audited, answer.wrong, answer.budget_left)
 
 
 class Opened:
@@ -165,6 +180,7 @@ def join(session: Session, parts: Sequence[Part]) -> Prediction:
         indices=indices,
         names=session.names,
         audited=all(part.audited for part in parts),
+        center_wrong=max(part.wrong for part in parts),
         budget_left=parts[-1].budget_left,
         package=session.digest,
         model=session.package.model,

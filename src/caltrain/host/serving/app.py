@@ -38,7 +38,7 @@ from caltrain.serving.oip import (
 )
 from caltrain.serving.session import SessionRequest, read_head
 
-MAX_NOTE = 1 << 20
+MAX_NOTE = 64 << 10
 _TENSORS = [{"name": SEALED, "datatype": "UINT8", "shape": [-1]}]
 Life = Callable[[], Awaitable[None]]
 T = TypeVar("T")

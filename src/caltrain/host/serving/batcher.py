@@ -15,7 +15,6 @@ from caltrain.serving.package import MAX_BATCH_BYTES
 QUEUED_BATCHES = 8
 _ASK_AFTER = 0.1
 Gone = Callable[[], Awaitable[bool]]
-OnBatch = Callable[[int], None]
 
 
 class Runner(Protocol):

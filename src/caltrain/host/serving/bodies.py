@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
 
 from starlette.requests import Request
 
@@ -17,7 +18,7 @@ _STEP = "receive request"
 
 
 class Bodies:
-    """Reads bodies. What one may take is counted from the first byte on."""
+    """Reads bodies. What came of them is counted: who only announces much keeps nobody out."""
 
     def __init__(self, most: int = MOST_HELD) -> None:
         self._most, self._held = most, 0
@@ -28,13 +29,17 @@ class Bodies:
         Raises ProtocolError `http.encoding`, `upload.too-large`, `http.slow-body`, `http.bad-argument`,
         IntegrityError `upload.cut-short`, EnvironmentFault `serving.busy`.
         """
-        expected = _expected(request, limit)
-        if self._held and self._held + expected > self._most:
-            raise busy("the bodies that are being read take all the memory that they may")
-        self._held += expected
+        _check_header(request, limit)
+        body = bytearray()
         try:
             async with asyncio.timeout(SLOW_SECONDS):
-                body = await _whole(request, limit)
+                async for piece in _pieces(request):
+                    body += piece
+                    self._held += len(piece)
+                    if len(body) > limit:
+                        raise _too_large(limit)
+                    if self._held > self._most:
+                        raise busy("the bodies that are being read take all the memory that they may")
         except TimeoutError:
             raise ProtocolError(
                 "http.slow-body",
@@ -43,39 +48,33 @@ class Bodies:
                 fix="Send it at once, or over a faster network.",
             ) from None
         finally:
-            self._held -= expected
+            self._held -= len(body)
         request.scope["caltrain.whole"] = True
-        return body
+        return bytes(body)
 
 
-async def _whole(request: Request, limit: int) -> bytes:
-    pieces, size = [], 0
-    while True:
+async def _pieces(request: Request) -> AsyncIterator[bytes]:
+    more = True
+    while more:
         message = await request.receive()
         if message["type"] != "http.request":
             raise IntegrityError("upload.cut-short", "the body broke off", step=_STEP, fix="Send it again.")
-        pieces.append(message.get("body", b""))
-        size += len(pieces[-1])
-        if size > limit:
-            raise _too_large(limit)
-        if not message.get("more_body", False):
-            return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+        yield message.get("body", b"")
+        more = message.get("more_body", False)
 
 
-def _expected(request: Request, limit: int) -> int:
-    """How many bytes to expect: what the header says, else the limit."""
+def _check_header(request: Request, limit: int) -> None:
     if request.headers.get("content-encoding", "identity") != "identity":
         raise ProtocolError(
             "http.encoding", "a body with a Content-Encoding", step=_STEP, fix="Send it as it is, not compressed."
         )
     length = request.headers.get("content-length")
     if length is None:
-        return limit
+        return
     if not (length.isascii() and length.isdigit() and len(length) <= 18):
         raise ProtocolError("http.bad-argument", "Content-Length is no number", step=_STEP, fix="Send a number.")
     if int(length) > limit:
         raise _too_large(limit)
-    return int(length)
 
 
 def _too_large(limit: int) -> ProtocolError:

@@ -70,11 +70,11 @@ def center_failed() -> EnvironmentFault:
     )
 
 
-def session_busy(limit: int) -> AccessError:
-    """One session has too much under way."""
+def session_busy(what: str) -> AccessError:
+    """One session, or all of one user, have too much under way."""
     return AccessError(
         "session.busy",
-        f"the session has {limit} requests under way, the most that it may have",
+        f"{what}, the most that there may be",
         step="queue request",
         fix="Wait for answers before asking more.",
     )

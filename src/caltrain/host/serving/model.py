@@ -22,7 +22,7 @@ from caltrain.boundary.serving import (
 from caltrain.crypto.dsse import Envelope
 from caltrain.errors import CaltrainError, EnvironmentFault
 from caltrain.host.serving import faults
-from caltrain.host.serving.batcher import Batcher, Gone
+from caltrain.host.serving.batcher import QUEUED_BATCHES, Batcher, Gone
 from caltrain.host.serving.faults import Outcome
 from caltrain.host.serving.metrics import ModelMeters
 from caltrain.host.serving.sessions import Sessions
@@ -121,14 +121,15 @@ class ServedModel:
         served = await self._ask(OpenSession(request.envelope, request.credential))
         if not served.session or self._enclave is not enclave:
             raise faults.restarted()
-        for idle in self.sessions.opened(served.session):
+        for idle in self.sessions.opened(served.session, request.envelope.signer):
             self._close(idle)
         return served.sealed
 
     async def infer(self, frame: bytes, session: str, *, gone: Gone | None = None) -> bytes:
         """The sealed answer to a sealed request of a session. Raises its error."""
         self.check_open(session)
-        with self.sessions.request(session):
+        share = max(1, QUEUED_BATCHES // 2) * self.most_rows
+        with self.sessions.request(session, self.rows_of(frame), most_rows=share):
             try:
                 async with asyncio.timeout(ANSWER_SECONDS):
                     return await self.batcher.submit(frame, gone=gone)

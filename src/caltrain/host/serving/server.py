@@ -17,6 +17,7 @@ from caltrain.crypto.dsse import SigningKey
 from caltrain.errors import CaltrainError
 from caltrain.host.confine import QUIET_THREADS
 from caltrain.host.serving.app import create_app
+from caltrain.host.serving.heads import PatientProtocol
 from caltrain.host.serving.metrics import Metrics
 from caltrain.host.serving.model import Enclave, ServedModel
 from caltrain.host.serving.registry import OnReady, Registry, same_revision
@@ -78,6 +79,7 @@ def run(
         create_app(registry, metrics, begin=begin),
         log_level="warning",
         access_log=False,
+        http=PatientProtocol,
         limit_concurrency=2048,
         timeout_keep_alive=60,
         timeout_graceful_shutdown=5,

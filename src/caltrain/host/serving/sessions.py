@@ -1,7 +1,12 @@
-"""The open sessions of one enclave, as the host sees them: ids, what is under way, when they were last used."""
+"""The open sessions of one enclave, as the host sees them: ids, whose key opened them, what is under way.
+
+A key is as its user signed with it, once the enclave has taken the session: no user can take all sessions, or the whole
+queue, from the others.
+"""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -9,12 +14,14 @@ from dataclasses import dataclass
 from caltrain.host.serving.faults import session_busy, session_unknown
 
 MOST = 4096
+MOST_OF_USER = 256
 MOST_UNDER_WAY = 64
 IDLE_SECONDS = 3600.0
 
 
 @dataclass
 class _Session:
+    user: str
     used: float
     under_way: int = 0
 
@@ -25,6 +32,7 @@ class Sessions:
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
         self._open: dict[str, _Session] = {}
+        self._rows: Counter[str] = Counter()
 
     def __len__(self) -> int:
         return len(self._open)
@@ -32,10 +40,14 @@ class Sessions:
     def __contains__(self, session: str) -> bool:
         return session in self._open
 
-    def opened(self, session: str) -> list[str]:
+    def opened(self, session: str, user: str) -> list[str]:
         """Note a new session. Returns those to close: idle for an hour, or, of too many, idle for longest."""
         now = self._clock()
-        self._open[session] = _Session(now)
+        own = [name for name, held in self._open.items() if held.user == user and not held.under_way]
+        self._open[session] = _Session(user, now)
+        if sum(held.user == user for held in self._open.values()) > MOST_OF_USER and own:
+            del self._open[own[0]]
+            return own[:1]
         surplus = len(self._open) - MOST
         closed: list[str] = []
         for name, held in self._open.items():  # the longest unused come first
@@ -55,18 +67,27 @@ class Sessions:
             self._open.pop(session, None)
 
     @contextmanager
-    def request(self, session: str) -> Iterator[None]:
-        """A request under way. Raises ProtocolError `session.unknown`, AccessError `session.busy`."""
+    def request(self, session: str, rows: int, *, most_rows: int) -> Iterator[None]:
+        """A request of so many records under way; its user may have `most_rows` on their way in all.
+
+        Raises ProtocolError `session.unknown`, AccessError `session.busy`.
+        """
         held = self._open.get(session)
         if held is None:
             raise session_unknown()
         if held.under_way >= MOST_UNDER_WAY:
-            raise session_busy(MOST_UNDER_WAY)
+            raise session_busy(f"{MOST_UNDER_WAY} requests of this session are under way")
+        if self._rows[held.user] + rows > most_rows:
+            raise session_busy(f"{self._rows[held.user]} records of this user are under way")
         held.under_way += 1
+        self._rows[held.user] += rows
         try:
             yield
         finally:
             held.under_way -= 1
+            self._rows[held.user] -= rows
+            if not self._rows[held.user]:
+                del self._rows[held.user]
             held.used = self._clock()
             if self._open.get(session) is held:
                 self._open[session] = self._open.pop(session)
