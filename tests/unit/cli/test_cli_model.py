@@ -53,7 +53,7 @@ def test_a_package_is_what_was_asked_for(owner: Owner) -> None:
         2,
         1,
         0.5,
-        4,
+        16,
         True,
         2,
     )

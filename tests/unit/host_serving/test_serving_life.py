@@ -198,9 +198,9 @@ def test_requests_under_way_and_in_the_queue_are_told_of_the_crash(one: Path) ->
     async def play(host: Host) -> None:
         await host.grant()
         una = await host.session("una")
-        tasks = [asyncio.create_task(host.infer(una.seal(pictures(16, seed=lane), lane=lane))) for lane in range(4)]
+        tasks = [asyncio.create_task(host.infer(una.seal(pictures(4, seed=lane), lane=lane))) for lane in range(4)]
         async with asyncio.timeout(20):
-            while not (center.got == 2 and host.model.batcher.rows == 32):
+            while not (center.got == 2 and host.model.batcher.rows == 8):
                 await asyncio.sleep(0.001)
         host.launch.kill()
         for got in await asyncio.gather(*tasks):
