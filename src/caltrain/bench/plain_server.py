@@ -55,14 +55,14 @@ class PlainEnclave:
 
     @torch.inference_mode()
     def _predict(self, records: Tensor) -> Tensor:
-        package = self._package
+        package, count = self._package, len(records)
         if package.terms.batch.fixed:
             records = torch.cat(
                 [records, records.new_zeros(package.terms.batch.rows - len(records), *records.shape[1:])]
             )
         x = normalise(center_crop(records, package.spec.size), package.data, channels_last=True)
         logits: Tensor = self._subject.module(x)
-        return logits.softmax(1)
+        return logits.softmax(1)[:count]
 
 
 class PlainLaunch:
