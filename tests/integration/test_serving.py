@@ -135,8 +135,8 @@ class Program:
         return self.http.post("/v2/models/tiny/infer", content=body, headers=headers)
 
     def expected(self, records: Records) -> torch.Tensor:
-        """The unsplit model's own bits in a batch of eight."""
-        padded = np.zeros((8, *SHAPE), np.uint8)
+        """The unsplit model's own bits in a batch of sixteen."""
+        padded = np.zeros((16, *SHAPE), np.uint8)
         padded[: len(records)] = records
         with torch.inference_mode():
             logits: torch.Tensor = self.subject.module(

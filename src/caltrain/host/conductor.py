@@ -180,8 +180,11 @@ class Conductor:
         """A party's vote on the cut of the coming epoch."""
         if party in self._due:  # sent twice: once is enough for one epoch
             return
-        self._due[party] = self._ask(m.Vote(party, envelope)).due
-        self.notify()
+        due = self._ask(m.Vote(party, envelope)).due
+        with self._changed:  # whoever looks once this is answered sees that nothing more is asked of the party
+            self._due[party] = due
+            self.status.waiting_for = [name for name in self.status.waiting_for if name != party]
+            self._changed.notify_all()
 
     def query(self, user: str, envelope: Envelope) -> bytes:
         """A model user's sealed question; returns the sealed answer."""

@@ -86,7 +86,8 @@ def pack(fields: dict[str, object]) -> bytes:
 
 
 def test_the_examples_are_all_the_messages_there_are() -> None:
-    assert {type(message) for message in EVERY} == {*m.Message.__subclasses__()} - {m.StoredShard}
+    own = {kind for kind in m.Message.__subclasses__() if kind.__module__ == m.__name__}
+    assert {type(message) for message in EVERY} == own - {m.StoredShard}
 
 
 @pytest.mark.parametrize("message", EVERY, ids=name_of)
@@ -117,7 +118,7 @@ def test_a_message_is_taken_where_it_belongs_and_nowhere_else(direction: str, me
         {"t": "configure", "plan": bytes((1 << 20) + 1), "approvals": {}},
         {"t": "configure", "plan": b"", "approvals": {f"p{i}": msgspec.to_builtins(ENVELOPE) for i in range(257)}},
         {"t": "configure", "plan": b"", "approvals": {"../alpha": msgspec.to_builtins(ENVELOPE)}},
-        {"t": "attest", "purpose": "serving", "nonce": NONCE},
+        {"t": "attest", "purpose": "sealing", "nonce": NONCE},
         {"t": "attest", "purpose": "training", "nonce": NONCE[:-1]},
         {"t": "attest", "purpose": "training", "nonce": NONCE + "\n"},
         {"t": "ingest", "stored": [{"t": "stored-shard", "party": "alpha", "shard": "AB" * 16}]},

@@ -174,7 +174,7 @@ def test_too_early_is_said_so(tmp_path: Path) -> None:
         "",
         f"nonce={NONCE}",
         "purpose=training",
-        f"purpose=serving&nonce={NONCE}",
+        f"purpose=sealing&nonce={NONCE}",
         "purpose=training&nonce=ab",
         f"purpose=training&nonce={NONCE}%0a",
         f"purpose=training&nonce={NONCE.upper()}",
