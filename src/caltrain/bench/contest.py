@@ -16,6 +16,7 @@ from caltrain.crypto.dsse import SigningKey
 from caltrain.exposure.open_model import open_subject, save_subject
 from caltrain.exposure.subject import Subject, candidate_cuts, subject_of
 from caltrain.files import read_bounded
+from caltrain.models import imagenet
 from caltrain.models.darknet import read_cfg
 from caltrain.models.darknet_text import MAX_CFG_BYTES
 from caltrain.models.layers import has_weights
@@ -31,7 +32,9 @@ _BUDGET = 1_000_000_000
 
 
 def subject_for(model: str) -> Subject:
-    """A preset by name, a Darknet .cfg (both with random weights), or a model's folder. Raises as readers do."""
+    """A preset or ImageNet network by name, a Darknet .cfg (all with random weights), or a model's folder."""
+    if model in imagenet.NETWORKS:
+        return _of_darknet(imagenet.NETWORKS[model](), imagenet.RECORD[model], imagenet.CLASSES, mean=0.0, std=1.0)
     start = next((preset for name, preset in STARTS.items() if name == model), None)
     if start is not None:
         return _drawn(start.model, start.data)
@@ -39,8 +42,7 @@ def subject_for(model: str) -> Subject:
     if path.suffix != ".cfg":
         return open_subject(path)
     cfg = read_cfg(read_bounded(path, limit=MAX_CFG_BYTES))
-    names = tuple(str(number) for number in range(cfg.classes))
-    return _drawn(cfg.model, DataSchema(shape=cfg.record, classes=names, mean=(cfg.mean,), std=(cfg.std,)))
+    return _of_darknet(cfg.model, cfg.record, cfg.classes, mean=cfg.mean, std=cfg.std)
 
 
 def sweep_of(spec: ModelSpec, head: int, *, most: int = 12) -> list[int]:
@@ -71,6 +73,11 @@ def contest(
         package_model(subject, terms, signer=owner, data_key=data_key, folder=package)
         save_subject(subject, model)
         yield Contest(name, package, model, owner, data_key, user, SigningKey(), threads)
+
+
+def _of_darknet(spec: ModelSpec, record: tuple[int, int, int], classes: int, *, mean: float, std: float) -> Subject:
+    names = tuple(str(number) for number in range(classes))
+    return _drawn(spec, DataSchema(shape=record, classes=names, mean=(mean,), std=(std,)))
 
 
 def _drawn(spec: ModelSpec, data: DataSchema) -> Subject:

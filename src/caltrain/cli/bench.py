@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from caltrain.bench.training import TrainingReport, bench_preset, cuts_of, run
 from caltrain.cli.output import Format, FormatOption, choose, console, emit
 from caltrain.exposure.figures import BudgetName
+from caltrain.models.imagenet import NETWORKS
 from caltrain.presets import Preset, StartName
 from caltrain.reports.plot import line_plot
 from caltrain.serving.package import Across, BatchSpec
@@ -109,21 +110,25 @@ def exposure(
 
 @app.command()
 def infer(
-    model: Annotated[str, typer.Option(help="a preset's network or a Darknet .cfg (random weights), or a folder")] = (
-        "cifar10-18-layer"
-    ),
+    models: Annotated[
+        list[str],
+        typer.Option("--model", help="a preset, darknet, extraction, densenet201, a .cfg or a folder; repeat"),
+    ] = [],  # noqa: B006
     cuts: Annotated[list[int], typer.Option("--cut", min=1, help="layers in front; repeat")] = [4],  # noqa: B006
     head: Annotated[int, typer.Option(min=0, help="layers of the HeadNet; 0: two-way")] = 2,
     mapped: Annotated[bool, typer.Option("--mapped", help="the papers' class mapping unit inside")] = False,
-    concurrency: Annotated[list[int], typer.Option(min=1, help="closed-loop clients; repeat")] = [1, 8, 64],  # noqa: B006
-    rows: Annotated[int, typer.Option(min=1, max=256, help="most records of a batch")] = 32,
+    concurrency: Annotated[list[int], typer.Option(min=1, help="closed-loop clients; repeat; 1, 8 and 64")] = [],  # noqa: B006
+    rows: Annotated[int, typer.Option(min=0, max=256, help="most records of a batch; 0: 32, ImageNet's 4")] = 0,
     fixed: Annotated[bool, typer.Option("--fixed", help="batches padded to one size")] = False,
     across: Annotated[Across, typer.Option(help="precision at the cuts")] = "f32",
     rounds: Annotated[int, typer.Option(min=1, help="paired repeats")] = 5,
     seconds: Annotated[float, typer.Option(min=0.5, help="of each way in a round")] = 8.0,
     threads: Annotated[int, typer.Option(min=1, help="threads that compute, on either side")] = 2,
-    sweep_cuts: Annotated[bool, typer.Option("--sweep-cuts", help="a long run: cuts all over the network")] = False,
-    plot: Annotated[Path | None, typer.Option(help="with --sweep-cuts: write the ratios as SVG")] = None,
+    sweep_cuts: Annotated[
+        bool, typer.Option("--sweep-cuts", help="a long run: cuts all over the papers' ImageNet networks, 8 clients")
+    ] = False,
+    most_cuts: Annotated[int, typer.Option(min=1, help="with --sweep-cuts: of each network")] = 12,
+    plot: Annotated[Path | None, typer.Option(help="write the ratios by cut as SVG")] = None,
     format_: FormatOption = Format.TEXT,
 ) -> None:
     """Protected inference beside plain PyTorch behind the same server: throughput, waits, and their ratio."""
@@ -131,30 +136,42 @@ def infer(
     from caltrain.bench.infer import run as compare  # noqa: PLC0415
 
     choose(format_)
-    subject, rows_found = subject_for(model), []
-    chosen = sweep_of(subject.spec, head) if sweep_cuts else cuts
-    batch = BatchSpec(rows=rows, fixed=fixed)
-    with _ticks(len(chosen) * len(concurrency) * (rounds + 1)) as tick:
-        for front in chosen:
-            made = contest(
-                subject, name=model, front=front, head=head, mapped=mapped, batch=batch, across=across, threads=threads
-            )
-            with made as pair:
-                rows_found += compare(
-                    pair, concurrency=concurrency, rounds=rounds, seconds=seconds, on_round=lambda: tick(0, 0)
+    clients = concurrency or ([8] if sweep_cuts else [1, 8, 64])
+    found: list[InferenceReport] = []
+    for name in models or (list(NETWORKS) if sweep_cuts else ["cifar10-18-layer"]):
+        subject = subject_for(name)
+        chosen = sweep_of(subject.spec, head, most=most_cuts) if sweep_cuts else cuts
+        batch = BatchSpec(rows=rows or (4 if name in NETWORKS else 32), fixed=fixed)
+        with _ticks(len(chosen) * len(clients) * (rounds + 1)) as tick:
+            for front in chosen:
+                made = contest(
+                    subject,
+                    name=name,
+                    front=front,
+                    head=head,
+                    mapped=mapped,
+                    batch=batch,
+                    across=across,
+                    threads=threads,
                 )
+                with made as pair:
+                    found += compare(
+                        pair, concurrency=clients, rounds=rounds, seconds=seconds, on_round=lambda: tick(0, 0)
+                    )
     if plot is not None:
-        plot.write_text(cost_plot(rows_found), encoding="utf-8")
-    emit({"rows": rows_found}, title="Inference (simulated enclave)")
+        plot.write_text(cost_plot(found), encoding="utf-8")
+    emit({"rows": found}, title="Inference (simulated enclave)")
 
 
 def cost_plot(rows: Sequence[InferenceReport]) -> str:
-    """Throughput of protected over plain inference by the number of layers inside, a line a concurrency, as SVG."""
+    """Throughput of protected over plain inference by the number of layers inside, a line a model and load, as SVG."""
+    kinds = dict.fromkeys((row.model, row.concurrency) for row in rows)
     lines = {
-        f"{clients} clients": [(row.cut, row.ratio) for row in rows if row.concurrency == clients]
-        for clients in dict.fromkeys(row.concurrency for row in rows)
+        f"{model}, {clients} clients": [(row.cut, row.ratio) for row in rows if (row.model, row.concurrency) == kind]
+        for kind in kinds
+        for model, clients in [kind]
     }
-    return line_plot(lines, title=f"{rows[0].model}: throughput / plain", x="layers in front", y="ratio")
+    return line_plot(lines, title="throughput / plain", x="layers in front", y="ratio")
 
 
 def ratio_plot(rows: Sequence[TrainingReport]) -> str:
