@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import os
 from collections import deque
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -196,7 +197,7 @@ class ScriptedServed:
         if binding is None:
             raise ProtocolError("nonce.unknown", "no such nonce", step="test", fix="Attest again.")
         key = open_message(signed, SessionSecret, binding=binding, key=self.key, step="test").key
-        session = f"{len(self.sessions):032x}"
+        session = os.urandom(16).hex()  # never that of an enclave before
         self.sessions[session] = (SessionKeys(key, package=self.package.digest(), session=session), user)
         opened = SessionOpened(session=session, classes=CLASSES, budget_left=user.budget - self.spent, simulated=True)
         context = transcript_digest(binding, user.name)
