@@ -1,13 +1,14 @@
 """The linkage store: (F, Y, S, H) of every record of any number of models, kept by the host, searched in here.
 
-Classes are unsealed when they are needed. Rows lie by class, so the host can tell which part is asked for first:
-`load` whole models where that must not show. Removed records stay with the host, sealed, until `rebuild`.
+Classes are unsealed when they are needed. Rows lie by class, so the host can tell which part is asked for first and
+how large it is: `load` whole models where that must not show; then every block is read once, in order. Removed records
+stay with the host, sealed, until `rebuild`.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,10 +16,10 @@ import torch
 from torch import Tensor
 
 from caltrain.accountability.search import nearest
-from caltrain.accountability.segments import MAX_REMOVED, MAX_TIME, Batch, Columns, joined
+from caltrain.accountability.segments import MAX_REMOVED, MAX_TIME, Batch, joined
 from caltrain.enclave.door import Door
 from caltrain.enclave.segments import STEP, Place, SealedSegments
-from caltrain.enclave.shelves import Removed, Shelf, Sources, Words, keys, shelve
+from caltrain.enclave.shelves import Filling, Removed, Shelf, Sources, keys
 from caltrain.errors import DataError
 from caltrain.records.commitment import RecordRef
 
@@ -93,10 +94,10 @@ class LinkageStore:
             self._segments.append(batch, model=model, time=time)
             header = self._segments.headers[-1]
             self._sources.add(header.sources)
-            for label, _ in header.classes:
-                if (model, label) in self._shelves:
-                    more = self._rows(header.number, label)
-                    self._shelves[model, label] = shelve(self._shelves[model, label], more)
+            warm = [label for label, _ in header.classes if (model, label) in self._shelves]
+            self._shelves |= self._filled(
+                model, {label: self._shelves[model, label] for label in warm}, [header.number]
+            )
             return self.head
 
     def remove(self, records: Sequence[RecordRef], *, model: str, time: int) -> str:
@@ -129,20 +130,19 @@ class LinkageStore:
         place = Place.fresh(self.place.run)
         fresh = LinkageStore.create(self._door, Place(place.run, place.key, self.place.generation + 1))
         for header in [header for header in self._segments.headers if header.records]:
-            removed = self._removed(header.model)
-            kept = [(label, self._live(header.number, label, removed)) for label, _ in header.classes]
-            rows = joined([columns for _, columns in kept])
+            removed, kept, labels = self._removed(header.model), [], []
+            for label, columns in self._segments.columns(header.number, self.labels(header.model)):
+                source = self._sources.numbers(header.sources, columns.source)
+                gone = removed.hits(keys(source, columns.leaf), np.full(len(source), header.number, np.uint32))
+                kept.append(columns.select(~gone))
+                labels.append(np.full(len(kept[-1].leaf), label, np.int64))
+            rows = joined(kept)
             if len(rows.leaf):
-                labels = np.concatenate([np.full(len(columns.leaf), label, np.int64) for label, columns in kept])
-                batch = Batch(rows.fingerprints, labels, header.sources, rows.source, rows.leaf, rows.commitments)
+                batch = Batch(
+                    rows.fingerprints, np.concatenate(labels), header.sources, rows.source, rows.leaf, rows.commitments
+                )
                 fresh.append(batch, model=header.model, time=header.time)
         return fresh
-
-    def _live(self, number: int, label: int, removed: Removed) -> Columns:
-        columns = joined(list(self._segments.columns(number, label)))
-        source = self._sources.numbers(self._segments.headers[number].sources, columns.source)
-        gone = removed.hits(keys(source, columns.leaf), np.full(len(source), number, np.uint32))
-        return columns.select(~gone)
 
     # -- looking up --------------------------------------------------------------------------------------------------
 
@@ -159,12 +159,12 @@ class LinkageStore:
         Raises LineageError `linkage.missing`, IntegrityError `segment.damaged`; what is in memory stays.
         """
         with self._turn:
-            for label in self.labels(model) if labels is None else labels:
-                if (model, label) not in self._shelves:
-                    there = [h.number for h in self._segments.headers if h.model == model and h.rows_of(label)[1]]
-                    shelves = shelve((), (part for number in there for part in self._rows(number, label)))
-                    removed = self._removed(model)
-                    self._shelves[model, label] = tuple(shelf.live(removed) for shelf in shelves)
+            wanted = self.labels(model) if labels is None else labels
+            cold = {label: () for label in wanted if (model, label) not in self._shelves}
+            numbers = [header.number for header in self._segments.headers if header.model == model]
+            removed = self._removed(model)
+            for name, shelves in self._filled(model, cold, numbers if cold else []).items():
+                self._shelves[name] = tuple(shelf.live(removed) for shelf in shelves)
 
     def unload(self, model: str) -> None:
         """Forget what is in memory of a model."""
@@ -243,9 +243,16 @@ class LinkageStore:
     def _reference(self, shelf: Shelf, i: int) -> RecordRef:
         return self._sources.reference(int(shelf.source[i]), int(shelf.leaf[i]))
 
-    def _rows(self, number: int, label: int) -> Iterator[tuple[int, Words, Columns]]:
-        for columns in self._segments.columns(number, label):
-            yield number, self._sources.numbers(self._segments.headers[number].sources, columns.source), columns
+    def _filled(
+        self, model: str, before: Mapping[int, tuple[Shelf, ...]], numbers: Sequence[int]
+    ) -> dict[tuple[str, int], tuple[Shelf, ...]]:
+        """Shelves of these classes with what these segments have of them."""
+        filling = {label: Filling(shelves) for label, shelves in before.items()}
+        for number in numbers:
+            for label, columns in self._segments.columns(number, filling):
+                source = self._sources.numbers(self._segments.headers[number].sources, columns.source)
+                filling[label].add(number, source, columns)
+        return {(model, label): each.shelves() for label, each in filling.items()}
 
     def _removed(self, model: str) -> Removed:
         removals = [header for header in self._segments.headers if header.model == model and header.removed]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import msgspec
 
@@ -24,6 +24,7 @@ from caltrain.records.commitment import RecordRef
 
 _MAGIC = b"ctlink\x00\x01"
 _PREFIX = struct.Struct("<8s16sIII")  # magic, run, generation, number, length of the sealed header
+_PAD = 4096
 STEP = "linkage store"
 
 
@@ -101,27 +102,35 @@ class SealedSegments:
             )
         )
 
-    def columns(self, number: int, label: int) -> Iterator[Columns]:
-        """The rows of a class in a segment, block by block.
+    def columns(self, number: int, labels: Collection[int]) -> Iterator[tuple[int, Columns]]:
+        """The rows of these classes in a segment, block by block, none read twice: (label, rows).
 
         Raises LineageError `linkage.missing`, IntegrityError `segment.damaged`.
         """
         header = self.headers[number]
-        start, stop = header.rows_of(label)
+        places = [(label, *header.rows_of(label)) for label, _ in header.classes if label in labels]
         cipher, size = self._cipher(header), header.block * header.row_bytes + TAG_BYTES
-        for index in range(start // header.block, -(-stop // header.block)):
+        for index in range(header.blocks):
             first = index * header.block
-            length = min(header.block, header.records - first) * header.row_bytes + TAG_BYTES
-            sealed = self._fetch(number, "-rows", offset=index * size, length=length)
-            try:
-                block = cipher.unseal(index, sealed, step=STEP)
-            except IntegrityError:
-                raise segments.damaged(number, f"block {index} does not authenticate") from None
-            yield segments.unpack(header, index, block).select(slice(max(start - first, 0), stop - first))
+            last = min(first + header.block, header.records)
+            here = [
+                (y, max(start, first), min(stop, last)) for y, start, stop in places if start < last and stop > first
+            ]
+            if here:
+                length = (last - first) * header.row_bytes + TAG_BYTES
+                sealed = self._fetch(number, "-rows", offset=index * size, length=length)
+                rows = segments.unpack(header, index, self._unsealed(cipher, number, index, sealed))
+                yield from ((label, rows.select(slice(start - first, stop - first))) for label, start, stop in here)
+
+    def _unsealed(self, cipher: FrameCipher, number: int, index: int, sealed: bytes) -> bytes:
+        try:
+            return cipher.unseal(index, sealed, step=STEP)
+        except IntegrityError:
+            raise segments.damaged(number, f"block {index} does not authenticate") from None
 
     def _write_header(self, header: SegmentHeader) -> None:
         """The segment counts from here on."""
-        raw = segments.encode_header(header)
+        raw = _padded(segments.encode_header(header))
         prefix = self._prefix(header.number, len(raw) + OVERHEAD)
         blob = prefix + seal(self._header_key(), raw, aad=prefix)
         self._door.write(self._name(header.number), blob, offset=0, durable=True)
@@ -137,11 +146,11 @@ class SealedSegments:
         length = int(_PREFIX.unpack(prefix)[-1])
         if prefix != self._prefix(number, length):
             raise _lineage("linkage.foreign", f"segment {number} is of another run, generation or place")
-        if not OVERHEAD <= length <= segments.MAX_HEADER + OVERHEAD:
+        if not OVERHEAD < length <= segments.MAX_HEADER + OVERHEAD + _PAD:
             raise segments.damaged(number, f"a header of {length} bytes")
         sealed = self._fetch(number, "", offset=_PREFIX.size, length=length)
         try:
-            raw = unseal(self._header_key(), sealed, aad=prefix, step=STEP)
+            raw = _unpadded(unseal(self._header_key(), sealed, aad=prefix, step=STEP))
         except IntegrityError:
             raise segments.damaged(number, "its header does not authenticate") from None
         header = segments.decode_header(raw, number=number)
@@ -169,6 +178,15 @@ class SealedSegments:
 
     def _name(self, number: int, what: str = "") -> str:
         return f"linkage-{self.place.generation}-{number}{what}"
+
+
+def _padded(raw: bytes) -> bytes:
+    """So that the size tells little: how many classes there are, and how large, is in a header."""
+    return raw + b"\x80" + bytes(-(len(raw) + 1) % _PAD)
+
+
+def _unpadded(padded: bytes) -> bytes:
+    return padded[: padded.rfind(b"\x80")]
 
 
 def _older(segments_there: int) -> LineageError:

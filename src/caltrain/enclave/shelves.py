@@ -97,8 +97,8 @@ class Shelf:
         gone = removed.hits(keys(self.source, self.leaf), self.segment)
         if not gone.any():
             return self
-        beside = (column[~gone] for column in (self.source, self.leaf, self.segment, self.commitments))
-        return Shelf(self.planes.without(torch.from_numpy(gone)), *beside)
+        planes = self.planes.without(torch.from_numpy(gone))
+        return Shelf(planes, self.source[~gone], self.leaf[~gone], self.segment[~gone], self.commitments[~gone])
 
 
 def keys(source: Words, leaf: Words) -> Keys:
@@ -106,19 +106,28 @@ def keys(source: Words, leaf: Words) -> Keys:
     return np.asarray((source.astype(np.uint64) << np.uint64(32)) | leaf)
 
 
-def shelve(before: tuple[Shelf, ...], more: Iterable[tuple[int, Words, Columns]]) -> tuple[Shelf, ...]:
-    """Put rows on shelves: (segment, their sources' numbers, the rest). Small ones are joined: there are never many."""
-    done = list(before)
-    waiting: list[tuple[int, Words, Columns]] = []
-    for part in more:
-        waiting.append(part)
-        if sum(len(columns.leaf) for _, _, columns in waiting) >= _SMALL:
-            done.append(_shelf(waiting))
-            waiting = []
-    if waiting:
-        last = done.pop() if done and len(done[-1]) < _SMALL else None
-        done.append(_shelf(waiting, after=last))
-    return tuple(done)
+class Filling:
+    """Rows of one class on their way to shelves. Small shelves are joined, so that there are never many."""
+
+    def __init__(self, before: tuple[Shelf, ...] = ()) -> None:
+        """Go on after the shelves that there are."""
+        self._done = list(before)
+        self._waiting: list[tuple[int, Words, Columns]] = []
+
+    def add(self, segment: int, source: Words, columns: Columns) -> None:
+        """Rows of a segment, with the numbers of their sources."""
+        self._waiting.append((segment, source, columns))
+        if sum(len(rows.leaf) for _, _, rows in self._waiting) >= _SMALL:
+            self._done.append(_shelf(self._waiting))
+            self._waiting = []
+
+    def shelves(self) -> tuple[Shelf, ...]:
+        """All of them, with what still waited."""
+        if self._waiting:
+            last = self._done.pop() if self._done and len(self._done[-1]) < _SMALL else None
+            self._done.append(_shelf(self._waiting, after=last))
+            self._waiting = []
+        return tuple(self._done)
 
 
 def _shelf(parts: Sequence[tuple[int, Words, Columns]], *, after: Shelf | None = None) -> Shelf:
