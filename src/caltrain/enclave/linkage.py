@@ -174,7 +174,7 @@ class LinkageStore:
 
     def count(self, model: str, label: int) -> int:
         """Records of a class."""
-        return sum(len(shelf) for shelf in self._loaded(model, [label]))
+        return sum(len(shelf) for shelf in self.shelves(model, [label]))
 
     def nbytes(self, model: str) -> int:
         """Memory of the model's classes that are loaded."""
@@ -189,7 +189,7 @@ class LinkageStore:
         counts, `linkage.too-few` where fewer than k do, and what `load` and `search.nearest` raise.
         """
         wanted = self.labels(model) if labels is None else tuple(labels)
-        shelves = [(label, shelf) for label in wanted for shelf in self._loaded(model, [label])]
+        shelves = [(label, shelf) for label in wanted for shelf in self.shelves(model, [label])]
         keep = [self._keep(shelf, where) for _, shelf in shelves]
         there = sum(len(s) if mask is None else int(mask.sum()) for (_, s), mask in zip(shelves, keep, strict=True))
         if not there:
@@ -201,20 +201,20 @@ class LinkageStore:
 
     def entries(self, model: str, label: int) -> Iterator[tuple[RecordRef, bytes, Tensor]]:
         """Every record of a class: where it is, its commitment, its fingerprint as stored (D,) float16."""
-        for shelf in self._loaded(model, [label]):
+        for shelf in self.shelves(model, [label]):
             for i, row in enumerate(shelf.planes.rows()):
                 yield self._reference(shelf, i), shelf.commitments[i].tobytes(), row
 
     def find(self, model: str, commitment: bytes) -> RecordRef | None:
         """The record of this commitment (32 bytes), or None."""
-        for shelf in self._loaded(model, self.labels(model)):
+        for shelf in self.shelves(model, self.labels(model)):
             rows = (shelf.commitments == np.frombuffer(commitment, np.uint8)).all(1).nonzero()[0]
             if len(rows):
                 return self._reference(shelf, int(rows[0]))
         return None
 
-    def _loaded(self, model: str, labels: Sequence[int]) -> list[Shelf]:
-        """What is there at this moment: it stays as it is while others add."""
+    def shelves(self, model: str, labels: Sequence[int]) -> list[Shelf]:
+        """The rows of these classes at this moment: they stay as they are while others add."""
         with self._turn:
             self.load(model, labels)
             return [shelf for label in labels for shelf in self._shelves[model, label]]
