@@ -79,20 +79,21 @@ class Planes:
         total = sum(
             (part.sum(0, dtype=torch.float64) for part in torch.split(rows, _CHUNK)), torch.zeros(dims).double()
         )
-        center = (total / max(n, 1) / GRID).round().clamp(-0.5 / GRID, 0.5 / GRID).to(torch.int32)
+        center = (total / max(n, 1) / GRID).round().clamp(-0.5 / GRID, 0.5 / GRID).float()
         high = torch.empty((_blocks(n) * _ALIGN, width // 2), dtype=torch.uint8)
         middle, low = torch.empty((n, width), dtype=torch.int8), torch.empty((n, width // 2), dtype=torch.uint8)
         step, energy, spread = (torch.empty(n) for _ in range(3))
         for start in range(0, n, _CHUNK):
             here = slice(start, min(start + _CHUNK, n))
             away = _away(rows[here], center, width)
-            steps = away.abs().amax(1) // 8 + 1
-            first = torch.div(away, steps[:, None], rounding_mode="floor")
-            rest = away - first * steps[:, None]
-            high[start : start + _blocks(len(first)) * _ALIGN] = _pack(first + 8)
+            # Whole numbers below 2**15: their quotients in float32, rounded down, are exact.
+            steps = (away.abs().amax(1) / 8).floor() + 1
+            first = (away / steps[:, None]).floor()
+            rest = away.addcmul(first, steps[:, None], value=-1)
+            high[start : start + _blocks(len(first)) * _ALIGN] = _pack((first + 8).to(torch.int32))
             middle[here], low[here] = _lower(rest, fine_steps(steps)[:, None])
             step[here] = steps
-            energy[here] = away.double().mul(GRID).square().sum(1)
+            energy[here] = away.double().square().sum(1) * GRID**2
             left = (rest - 0.5 * steps[:, None])[:, :dims]
             spread[here] = left.norm(dim=1) * (GRID * _LEAST)
         reach = float((energy.sqrt() + spread).max()) * _LEAST if n else 0.0
@@ -100,10 +101,10 @@ class Planes:
 
     def exact(self, index: Tensor) -> Tensor:
         """Rows `index` in float64 (M, D), just as they were stored."""
-        steps, pairs = self.step[index].to(torch.int32)[:, None], self.low[index].to(torch.int32)
+        steps, pairs = self.step[index].double()[:, None], self.low[index]
         low = torch.stack((pairs & 15, pairs >> 4), dim=2).flatten(1)
-        away = (self._first(index) - 8) * steps + (self.middle[index].to(torch.int32) + 128) * fine_steps(steps) + low
-        return (away[:, : self.dims] + self.center).double() * GRID
+        away = (self._first(index) - 8) * steps + (self.middle[index].double() + 128) * fine_steps(steps) + low
+        return (away[:, : self.dims] + self.center) * GRID
 
     def _first(self, index: Tensor) -> Tensor:
         """The first plane (M, K) of rows `index`, 0..15."""
@@ -133,11 +134,11 @@ class Planes:
 
 def fine_steps(steps: Tensor) -> Tensor:
     """How much one of the second plane's 256 counts, for steps of the first plane: 1 to 16."""
-    return (steps + 255) // 256
+    return ((steps + 255) / 256).floor()
 
 
 def _away(rows: Tensor, center: Tensor, width: int) -> Tensor:
-    """Differences from the centre (n, K) int32, in units of 2**-14."""
+    """Differences from the centre (n, K): whole numbers, in units of 2**-14."""
     scaled = rows.float() / GRID
     whole = scaled.round()
     if not bool(((scaled == whole) & (whole.abs() <= 1 / GRID)).all()):
@@ -147,15 +148,13 @@ def _away(rows: Tensor, center: Tensor, width: int) -> Tensor:
             step="index fingerprints",
             fix="Give what `stored` makes of them.",
         )
-    away = torch.zeros((len(rows), width), dtype=torch.int32)
-    away[:, : rows.shape[1]] = whole.to(torch.int32) - center
-    return away
+    return torch.nn.functional.pad(whole - center, (0, width - rows.shape[1]))
 
 
 def _lower(rest: Tensor, fine: Tensor) -> tuple[Tensor, Tensor]:
-    middle = rest // fine
-    nibbles = rest - middle * fine
-    return (middle - 128).to(torch.int8), (nibbles[:, 0::2] | (nibbles[:, 1::2] << 4)).to(torch.uint8)
+    middle = (rest / fine).floor()
+    nibbles = rest.addcmul(middle, fine, value=-1)
+    return (middle - 128).to(torch.int8), (nibbles[:, 0::2] + 16 * nibbles[:, 1::2]).to(torch.uint8)
 
 
 def _blocks(rows: int) -> int:

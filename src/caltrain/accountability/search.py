@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from caltrain.accountability.planes import GRID, Planes
+from caltrain.accountability.planes import GRID, Planes, fine_steps
 from caltrain.errors import DataError
 
 _BLOCK = 1 << 17  # rows of one call of the kernel
@@ -138,7 +138,7 @@ class _Look:
 
     def _refine(self, rows: Tensor, score: Tensor, first: int, found: Found) -> None:
         part, steps = self.part, self.part.step[rows]
-        fine = ((steps + 255) / 256).floor()
+        fine = fine_steps(steps)
         ones = torch.ones(len(rows), dtype=torch.bfloat16)
         product = torch._weight_int8pack_mm(self.coarse[None], part.middle[rows], ones)[0].float()
         # What the first plane took for the middle of a step was `steps / 2`; here it is the middle of a finer one.
