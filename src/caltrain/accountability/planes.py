@@ -73,37 +73,15 @@ class Planes:
     @classmethod
     def of(cls, rows: Tensor) -> Planes:
         """Split rows (N, D) in float16 as `stored` makes them. Raises DataError `fingerprint.not-stored`."""
-        n, dims = rows.shape
-        width = -(-dims // _DIMS) * _DIMS
-        # Kept off the edges, so that no difference takes more than 16 bits.
-        total = sum(
-            (part.sum(0, dtype=torch.float64) for part in torch.split(rows, _CHUNK)), torch.zeros(dims).double()
-        )
-        center = (total / max(n, 1) / GRID).round().clamp(-0.5 / GRID, 0.5 / GRID).float()
-        high = torch.empty((_blocks(n) * _ALIGN, width // 2), dtype=torch.uint8)
-        middle, low = torch.empty((n, width), dtype=torch.int8), torch.empty((n, width // 2), dtype=torch.uint8)
-        step, energy, spread = (torch.empty(n) for _ in range(3))
-        for start in range(0, n, _CHUNK):
-            here = slice(start, min(start + _CHUNK, n))
-            away = _away(rows[here], center, width)
-            # Whole numbers below 2**15: their quotients in float32, rounded down, are exact.
-            steps = (away.abs().amax(1) / 8).floor() + 1
-            first = (away / steps[:, None]).floor()
-            rest = away.addcmul(first, steps[:, None], value=-1)
-            high[start : start + _blocks(len(first)) * _ALIGN] = _pack((first + 8).to(torch.int32))
-            middle[here], low[here] = _lower(rest, fine_steps(steps)[:, None])
-            step[here] = steps
-            energy[here] = away.double().square().sum(1) * GRID**2
-            left = (rest - 0.5 * steps[:, None])[:, :dims]
-            spread[here] = left.norm(dim=1) * (GRID * _LEAST)
-        reach = float((energy.sqrt() + spread).max()) * _LEAST if n else 0.0
-        return cls(dims, center, high, middle, low, step, energy, spread, reach)
+        splitting = Splitting(len(rows), rows.shape[1])
+        splitting.add(rows)
+        return splitting.done()
 
     def exact(self, index: Tensor) -> Tensor:
         """Rows `index` in float64 (M, D), just as they were stored."""
-        steps, pairs = self.step[index].double()[:, None], self.low[index]
+        steps, pairs = self.step[index].double()[:, None], self.low.index_select(0, index)
         low = torch.stack((pairs & 15, pairs >> 4), dim=2).flatten(1)
-        away = (self._first(index) - 8) * steps + (self.middle[index].double() + 128) * fine_steps(steps) + low
+        away = (self._first(index) - 8) * steps + (self.middle.index_select(0, index).double() + 128) * fine_steps(steps) + low
         return (away[:, : self.dims] + self.center) * GRID
 
     def _first(self, index: Tensor) -> Tensor:
@@ -130,6 +108,63 @@ class Planes:
             energy=self.energy[keep],
             spread=self.spread[keep],
         )
+
+
+class Splitting:
+    """Planes in the making: rows are added in any portions, and no more memory is taken than the planes do."""
+
+    def __init__(self, capacity: int, dims: int) -> None:
+        """For at most `capacity` rows."""
+        width = -(-dims // _DIMS) * _DIMS
+        self._dims, self._width, self._filled = dims, width, 0
+        self._center: Tensor | None = None
+        self._waiting = torch.empty((0, dims), dtype=torch.float16)
+        self._high = torch.empty((_blocks(capacity) * _ALIGN, width // 2), dtype=torch.uint8)
+        self._middle = torch.empty((capacity, width), dtype=torch.int8)
+        self._low = torch.empty((capacity, width // 2), dtype=torch.uint8)
+        self._step, self._energy, self._spread = (torch.empty(capacity) for _ in range(3))
+
+    def add(self, rows: Tensor) -> None:
+        """More rows (n, D) in float16; the first portion decides the centre.
+
+        Raises DataError `fingerprint.not-stored`.
+        """
+        if self._center is None and len(rows):
+            mean = rows.mean(0, dtype=torch.float32) / GRID
+            # Kept off the edges, so that no difference takes more than 16 bits; what is no number is refused below.
+            self._center = mean.round().nan_to_num().clamp(-0.5 / GRID, 0.5 / GRID)
+        rows = torch.cat((self._waiting, rows)) if len(self._waiting) else rows
+        whole = len(rows) // _CHUNK * _CHUNK
+        for start in range(0, whole, _CHUNK):
+            self._put(rows[start : start + _CHUNK])
+        self._waiting = rows[whole:].clone()
+
+    def done(self) -> Planes:
+        """The planes of all rows that were added."""
+        if len(self._waiting):
+            self._put(self._waiting)
+        center = torch.zeros(self._dims) if self._center is None else self._center
+        n = self._filled
+        energy, spread = self._energy[:n], self._spread[:n]
+        reach = float((energy.sqrt() + spread).max()) * _LEAST if n else 0.0
+        high = self._high[: _blocks(n) * _ALIGN]
+        return Planes(self._dims, center, high, self._middle[:n], self._low[:n], self._step[:n], energy, spread, reach)
+
+    def _put(self, rows: Tensor) -> None:
+        here = slice(self._filled, self._filled + len(rows))
+        center = torch.zeros(self._dims) if self._center is None else self._center
+        away = _away(rows, center, self._width)
+        # Whole numbers below 2**15: their quotients in float32, rounded down, are exact.
+        steps = (away.abs().amax(1) / 8).floor() + 1
+        first = (away / steps[:, None]).floor()
+        rest = away.addcmul(first, steps[:, None], value=-1)
+        self._high[here.start : here.start + _blocks(len(rows)) * _ALIGN] = _pack((first + 8).to(torch.int32))
+        self._middle[here], self._low[here] = _lower(rest, fine_steps(steps)[:, None])
+        self._step[here] = steps
+        self._energy[here] = away.double().square().sum(1) * GRID**2
+        left = (rest - 0.5 * steps[:, None])[:, : self._dims]
+        self._spread[here] = left.norm(dim=1) * (GRID * _LEAST)
+        self._filled = here.stop
 
 
 def fine_steps(steps: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -19,7 +20,9 @@ from caltrain.errors import DataError
 
 _BLOCK = 1 << 17  # rows of one call of the kernel
 _AT_ONCE = 8  # queries of one call
-_LOOK = 1 << 12  # rows that are taken apart at once
+_PASS = 1 << 22  # rows whose scores are kept at once
+_LOOK = 1 << 14  # rows that are looked at again at once
+_EXACT = 16
 _ROUNDING = 2.0**-23
 _OUTPUT = 2.0**-8 * 1.01  # what rounding a result to bfloat16 can do, of its size
 
@@ -72,30 +75,39 @@ def nearest(
     found = [Found.none(k) for _ in wanted]
     first = 0
     for part, kept in zip(parts, keep or [None] * len(parts), strict=True):
-        for start in range(0, len(wanted), _AT_ONCE):
-            _scan(wanted[start : start + _AT_ONCE], part, kept, first, found[start : start + _AT_ONCE])
+        for start in range(0, len(part), _PASS):
+            rows = slice(start, min(start + _PASS, len(part)))
+            some = None if kept is None else kept[rows]
+            for at in range(0, len(wanted), _AT_ONCE):
+                _scan(wanted[at : at + _AT_ONCE], part, rows, some, first, found[at : at + _AT_ONCE])
         first += len(part)
     return found
 
 
-def _scan(queries: Tensor, part: Planes, keep: Tensor | None, first: int, found: list[Found]) -> None:
+def _scan(queries: Tensor, part: Planes, rows: slice, keep: Tensor | None, first: int, found: list[Found]) -> None:
+    """Take the rows of a part into account, for a few queries."""
     looks = [_Look(query, part) for query in queries]
     coarse = torch.stack([look.coarse for look in looks])
     group = next(size for size in (256, 128, 64, 32) if part.width % size == 0)
-    whole = torch.ones((part.width // group, min(_BLOCK, len(part.high)), 2), dtype=torch.bfloat16)
-    whole[..., 1] = 0.5  # the middle of what the first four bits leave open
-    for start in range(0, len(part), _BLOCK):
-        stop = min(start + _BLOCK, len(part))
+    scores = torch.empty((len(looks), rows.stop - rows.start))
+    for start in range(rows.start, rows.stop, _BLOCK):
+        stop = min(start + _BLOCK, rows.stop)
         high = part.high[start : start + _BLOCK]
-        scales = whole[:, : len(high)].contiguous()
-        products = torch._weight_int4pack_mm_for_cpu(coarse, high, group, scales)[:, : stop - start]
-        kept = None if keep is None else keep[start:stop]
-        for look, product, nearest_yet in zip(looks, products, found, strict=True):
-            look.block(start, product.float(), kept, first, nearest_yet)
+        products = torch._weight_int4pack_mm_for_cpu(coarse, high, group, _scales(part.width // group, len(high)))
+        for look, product, score in zip(looks, products, scores, strict=True):
+            look.score(slice(start, stop), product[: stop - start], score[start - rows.start : stop - rows.start])
+    for look, score, nearest_yet in zip(looks, scores, found, strict=True):
+        look.settle(score, rows.start, keep, first, nearest_yet)
+
+
+@lru_cache(maxsize=4)
+def _scales(groups: int, rows: int) -> Tensor:
+    """What the kernel is to make of four bits: their number, and a half for the middle of what they leave open."""
+    return torch.tensor([1, 0.5], dtype=torch.bfloat16).repeat(groups, rows, 1)
 
 
 class _Look:
-    """One query against one part: its bounds, and what it does with a block's inner products."""
+    """One query against one part."""
 
     def __init__(self, query: Tensor, part: Planes) -> None:
         self.part, self.query = part, query
@@ -108,51 +120,53 @@ class _Look:
         size = (self.length + part.reach) ** 2
         self.margin = (2 * self.lost * part.reach + 32 * _ROUNDING * size) * (1 + 1e-6) - self.length**2 * (1 - 4e-6)
 
-    def block(self, start: int, product: Tensor, keep: Tensor | None, first: int, found: Found) -> None:
-        """Take a block of rows from `start` on into account, given their products with the first plane."""
-        here = slice(start, start + len(product))
-        part = self.part
+    def score(self, here: slice, product: Tensor, out: Tensor) -> None:
+        """Of the rows `here`, given their products with the first plane: distance, as far as those tell."""
         # Rounded up for what the kernel's output lost: more where it is above zero, less where it is below.
-        above = torch.nn.functional.leaky_relu(product, (1 - _OUTPUT) / (1 + _OUTPUT))
-        score = torch.addcmul(part.energy[here], above, part.step[here], value=-2 * GRID * (1 + _OUTPUT))
+        above = torch.nn.functional.leaky_relu(product.float(), (1 - _OUTPUT) / (1 + _OUTPUT))
+        part = self.part
+        torch.addcmul(part.energy[here], above, part.step[here], value=-2 * GRID * (1 + _OUTPUT), out=out)
+
+    def settle(self, score: Tensor, start: int, keep: Tensor | None, first: int, found: Found) -> None:
+        """Take rows from `start` on into account, given their scores."""
         if keep is not None:
-            score = torch.where(keep, score, torch.inf)
-        seeds = self._seed(score, start, first, found)
-        bound = torch.add(score, part.spread[here], alpha=-2 * self.length)
-        rows = (bound <= found.bound + self.margin).nonzero().squeeze(1)
-        if keep is not None:  # before there is a bound at all, infinity is not beyond it
-            rows = rows[keep[rows]]
-        rows = rows[~torch.isin(rows + start, seeds)]
+            score[~keep] = torch.inf
+        seeds = _lowest(score, found.k)
+        self._exact(seeds + start, first, found)
+        score[seeds] = torch.inf  # they are counted
+        bound = torch.add(score, self.part.spread[start : start + len(score)], alpha=-2 * self.length)
+        rows = ((bound <= found.bound + self.margin) & (bound < torch.inf)).nonzero().squeeze(1)
         for at in range(0, len(rows), _LOOK):
             some = rows[at : at + _LOOK]
             self._refine(some + start, score[some], first, found)
 
-    def _seed(self, score: Tensor, start: int, first: int, found: Found) -> Tensor:
-        """Where there is no bound yet: the rows that look nearest, exactly."""
-        if len(found.squares) == found.k:
-            return torch.empty(0, dtype=torch.int64)
-        best = torch.topk(score, min(found.k, len(score)), largest=False)
-        rows = best.indices[best.values.isfinite()] + start
-        self._exact(rows, first, found)
-        return rows
-
     def _refine(self, rows: Tensor, score: Tensor, first: int, found: Found) -> None:
+        """Look at rows with 12 bits, and at those that may still be among the nearest with all."""
         part, steps = self.part, self.part.step[rows]
         fine = fine_steps(steps)
         ones = torch.ones(len(rows), dtype=torch.bfloat16)
-        product = torch._weight_int8pack_mm(self.coarse[None], part.middle[rows], ones)[0].float()
+        product = torch._weight_int8pack_mm(self.coarse[None], part.middle.index_select(0, rows), ones)[0].float()
         # What the first plane took for the middle of a step was `steps / 2`; here it is the middle of a finer one.
         more = product * fine + (128.5 * fine - 0.5 * steps) * self.total
         length = part.width**0.5 * (self.length * (0.5 + 128 * _OUTPUT) + 129 * self.lost) * (1 + 1e-5)
-        bound = score - (2 * GRID) * (more + fine * length)
-        bound, order = torch.sort(bound)
-        for some in torch.split(torch.arange(len(rows)), max(found.k, 16)):
-            if bound[some[0]] > found.bound + self.margin:
+        bound, order = torch.sort(score - (2 * GRID) * (more + fine * length))
+        for at in range(0, len(rows), _EXACT):
+            if bound[at] > found.bound + self.margin:
                 break
-            self._exact(rows[order[some]], first, found)
+            self._exact(rows[order[at : at + _EXACT]], first, found)
 
     def _exact(self, rows: Tensor, first: int, found: Found) -> None:
         found.add(rows + first, (self.part.exact(rows) - self.query).square().sum(1))
+
+
+def _lowest(score: Tensor, k: int) -> Tensor:
+    """Places of `k` low scores, not of the lowest in any case: the lowest of each of `k` groups. Infinite ones not."""
+    groups = max(1, min(len(score), 16 * k, 4096))
+    size = len(score) // groups
+    lowest = score[: groups * size].view(groups, size).min(dim=1)
+    best = torch.topk(lowest.values, min(k, groups), largest=False)
+    places = best.indices * size + lowest.indices[best.indices]
+    return places[best.values.isfinite()]
 
 
 def _refuse(code: str, what: str, fix: str) -> DataError:

@@ -8,7 +8,7 @@ stay with the host, sealed, until `rebuild`.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,7 +19,7 @@ from caltrain.accountability.search import nearest
 from caltrain.accountability.segments import MAX_REMOVED, MAX_TIME, Batch, joined
 from caltrain.enclave.door import Door
 from caltrain.enclave.segments import STEP, Place, SealedSegments
-from caltrain.enclave.shelves import Filling, Removed, Shelf, Sources, keys
+from caltrain.enclave.shelves import Filling, Removed, Shelf, Sources, keys, with_last
 from caltrain.errors import DataError
 from caltrain.records.commitment import RecordRef
 
@@ -95,9 +95,8 @@ class LinkageStore:
             header = self._segments.headers[-1]
             self._sources.add(header.sources)
             warm = [label for label, _ in header.classes if (model, label) in self._shelves]
-            self._shelves |= self._filled(
-                model, {label: self._shelves[model, label] for label in warm}, [header.number]
-            )
+            for label, shelf in self._filled(warm, [header.number]).items():
+                self._shelves[model, label] = with_last(self._shelves[model, label], shelf)
             return self.head
 
     def remove(self, records: Sequence[RecordRef], *, model: str, time: int) -> str:
@@ -159,12 +158,13 @@ class LinkageStore:
         Raises LineageError `linkage.missing`, IntegrityError `segment.damaged`; what is in memory stays.
         """
         with self._turn:
-            wanted = self.labels(model) if labels is None else labels
-            cold = {label: () for label in wanted if (model, label) not in self._shelves}
-            numbers = [header.number for header in self._segments.headers if header.model == model]
+            known = self.labels(model)
+            wanted = known if labels is None else labels
+            cold = [label for label in wanted if (model, label) not in self._shelves]
+            numbers = [header.number for header in self._segments.headers if header.model == model and header.records]
             removed = self._removed(model)
-            for name, shelves in self._filled(model, cold, numbers if cold else []).items():
-                self._shelves[name] = tuple(shelf.live(removed) for shelf in shelves)
+            for label, shelf in self._filled(cold, numbers).items():
+                self._shelves[model, label] = (shelf.live(removed),)
 
     def unload(self, model: str) -> None:
         """Forget what is in memory of a model."""
@@ -243,16 +243,15 @@ class LinkageStore:
     def _reference(self, shelf: Shelf, i: int) -> RecordRef:
         return self._sources.reference(int(shelf.source[i]), int(shelf.leaf[i]))
 
-    def _filled(
-        self, model: str, before: Mapping[int, tuple[Shelf, ...]], numbers: Sequence[int]
-    ) -> dict[tuple[str, int], tuple[Shelf, ...]]:
-        """Shelves of these classes with what these segments have of them."""
-        filling = {label: Filling(shelves) for label, shelves in before.items()}
-        for number in numbers:
-            for label, columns in self._segments.columns(number, filling):
-                source = self._sources.numbers(self._segments.headers[number].sources, columns.source)
-                filling[label].add(number, source, columns)
-        return {(model, label): each.shelves() for label, each in filling.items()}
+    def _filled(self, labels: Sequence[int], numbers: Sequence[int]) -> dict[int, Shelf]:
+        """Of each class a shelf with what these segments, all of one model, have of it."""
+        headers = [self._segments.headers[number] for number in numbers]
+        sizes = {label: sum(h.rows_of(label)[1] - h.rows_of(label)[0] for h in headers) for label in labels}
+        filling = {label: Filling(size, headers[0].dims) for label, size in sizes.items()}
+        for header in headers if labels else []:
+            for label, columns in self._segments.columns(header.number, filling):
+                filling[label].add(header.number, self._sources.numbers(header.sources, columns.source), columns)
+        return {label: each.shelf() for label, each in filling.items()}
 
     def _removed(self, model: str) -> Removed:
         removals = [header for header in self._segments.headers if header.model == model and header.removed]

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from caltrain.accountability.planes import Planes
+from caltrain.accountability.planes import Planes, Splitting
 from caltrain.accountability.segments import Columns, Source
 from caltrain.records.commitment import RecordRef
 
@@ -107,36 +107,35 @@ def keys(source: Words, leaf: Words) -> Keys:
 
 
 class Filling:
-    """Rows of one class on their way to shelves. Small shelves are joined, so that there are never many."""
+    """Rows of one class on their way to a shelf: as many as it is made for, in any portions."""
 
-    def __init__(self, before: tuple[Shelf, ...] = ()) -> None:
-        """Go on after the shelves that there are."""
-        self._done = list(before)
-        self._waiting: list[tuple[int, Words, Columns]] = []
+    def __init__(self, capacity: int, dims: int) -> None:
+        """For at most `capacity` rows."""
+        self._planes = Splitting(capacity, dims)
+        self._source, self._leaf, self._segment = (np.empty(capacity, np.uint32) for _ in range(3))
+        self._commitments = np.empty((capacity, 32), np.uint8)
+        self._filled = 0
 
-    def add(self, segment: int, source: Words, columns: Columns) -> None:
-        """Rows of a segment, with the numbers of their sources."""
-        self._waiting.append((segment, source, columns))
-        if sum(len(rows.leaf) for _, _, rows in self._waiting) >= _SMALL:
-            self._done.append(_shelf(self._waiting))
-            self._waiting = []
+    def add(self, segment: int | Words, source: Words, columns: Columns) -> None:
+        """Rows of a segment (or of one each), with the numbers of their sources."""
+        here = slice(self._filled, self._filled + len(source))
+        self._planes.add(columns.fingerprints)
+        self._source[here], self._leaf[here], self._segment[here] = source, columns.leaf, segment
+        self._commitments[here] = columns.commitments
+        self._filled = here.stop
 
-    def shelves(self) -> tuple[Shelf, ...]:
-        """All of them, with what still waited."""
-        if self._waiting:
-            last = self._done.pop() if self._done and len(self._done[-1]) < _SMALL else None
-            self._done.append(_shelf(self._waiting, after=last))
-            self._waiting = []
-        return tuple(self._done)
+    def shelf(self) -> Shelf:
+        """All of it."""
+        n = self._filled
+        return Shelf(self._planes.done(), self._source[:n], self._leaf[:n], self._segment[:n], self._commitments[:n])
 
 
-def _shelf(parts: Sequence[tuple[int, Words, Columns]], *, after: Shelf | None = None) -> Shelf:
-    first = [after] if after else []
-    segment = [np.full(len(columns.leaf), number, np.uint32) for number, _, columns in parts]
-    return Shelf(
-        Planes.of(torch.cat([*(s.planes.rows() for s in first), *(c.fingerprints for _, _, c in parts)])),
-        np.concatenate([*(s.source for s in first), *(source for _, source, _ in parts)]),
-        np.concatenate([*(s.leaf for s in first), *(c.leaf for _, _, c in parts)]),
-        np.concatenate([*(s.segment for s in first), *segment]),
-        np.concatenate([*(s.commitments for s in first), *(c.commitments for _, _, c in parts)]),
-    )
+def with_last(shelves: tuple[Shelf, ...], more: Shelf) -> tuple[Shelf, ...]:
+    """A shelf behind others. Small ones are joined, so that there are never many."""
+    if not shelves or len(shelves[-1]) + len(more) > _SMALL:
+        return (*shelves, more)
+    joined = Filling(len(shelves[-1]) + len(more), more.planes.dims)
+    for each in (shelves[-1], more):
+        columns = Columns(each.planes.rows(), each.source, each.leaf, each.commitments)
+        joined.add(each.segment, each.source, columns)
+    return (*shelves[:-1], joined.shelf())

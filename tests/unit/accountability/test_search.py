@@ -85,6 +85,8 @@ def test_blocks_and_several_looks_do_not_show_in_the_answer(kind: str, monkeypat
     monkeypatch.setattr(search, "_BLOCK", 512)
     monkeypatch.setattr(search, "_AT_ONCE", 2)
     monkeypatch.setattr(search, "_LOOK", 100)
+    monkeypatch.setattr(search, "_PASS", 1024)
+    monkeypatch.setattr(planes, "_CHUNK", 128)
     for query, found in zip(queries, nearest(queries, [Planes.of(rows)], k=9), strict=True):
         assert torch.equal(found.places, by_brute_force(query, rows, 9)[0])
 
