@@ -149,11 +149,13 @@ class _Look:
         # What the first plane took for the middle of a step was `steps / 2`; here it is the middle of a finer one.
         more = product * fine + (128.5 * fine - 0.5 * steps) * self.total
         length = part.width**0.5 * (self.length * (0.5 + 128 * _OUTPUT) + 129 * self.lost) * (1 + 1e-5)
-        bound, order = torch.sort(score - (2 * GRID) * (more + fine * length))
-        for at in range(0, len(rows), _EXACT):
+        bound = score - (2 * GRID) * (more + fine * length)
+        near = (bound <= found.bound + self.margin).nonzero().squeeze(1)
+        bound, order = torch.sort(bound[near])
+        for at in range(0, len(near), _EXACT):
             if bound[at] > found.bound + self.margin:
                 break
-            self._exact(rows[order[at : at + _EXACT]], first, found)
+            self._exact(rows[near[order[at : at + _EXACT]]], first, found)
 
     def _exact(self, rows: Tensor, first: int, found: Found) -> None:
         found.add(rows + first, (self.part.exact(rows) - self.query).square().sum(1))
