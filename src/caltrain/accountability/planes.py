@@ -81,7 +81,11 @@ class Planes:
         """Rows `index` in float64 (M, D), just as they were stored."""
         steps, pairs = self.step[index].double()[:, None], self.low.index_select(0, index)
         low = torch.stack((pairs & 15, pairs >> 4), dim=2).flatten(1)
-        away = (self._first(index) - 8) * steps + (self.middle.index_select(0, index).double() + 128) * fine_steps(steps) + low
+        away = (
+            (self._first(index) - 8) * steps
+            + (self.middle.index_select(0, index).double() + 128) * fine_steps(steps)
+            + low
+        )
         return (away[:, : self.dims] + self.center) * GRID
 
     def _first(self, index: Tensor) -> Tensor:

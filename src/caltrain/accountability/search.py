@@ -23,6 +23,7 @@ _AT_ONCE = 8  # queries of one call
 _PASS = 1 << 22  # rows whose scores are kept at once
 _LOOK = 1 << 14  # rows that are looked at again at once
 _EXACT = 16
+_FINITE = torch.finfo(torch.float32).max
 _ROUNDING = 2.0**-23
 _OUTPUT = 2.0**-8 * 1.01  # what rounding a result to bfloat16 can do, of its size
 
@@ -64,14 +65,16 @@ def nearest(
     """For each query (Q, D) the `k` nearest rows of all `parts`, which count as one after the other.
 
     `keep` says for each part which rows (N,) count at all, None for all of them. Fewer than `k` are found where there
-    are fewer rows. Raises DataError `search.query` for queries of another shape or not finite, `search.bounds` for k
+    are fewer rows. Raises DataError `search.query` for queries of another shape, or longer than 2, `search.bounds` for k
     below 1.
     """
     if k < 1:
         raise _refuse("search.bounds", f"{k} neighbours were asked for", "Ask for at least one.")
     wanted = queries.double()
-    if wanted.ndim != 2 or any(wanted.shape[1] != part.dims for part in parts) or not bool(wanted.isfinite().all()):
-        raise _refuse("search.query", f"a query of the shape {tuple(queries.shape)}", "Give finite fingerprints.")
+    if wanted.ndim != 2 or any(wanted.shape[1] != part.dims for part in parts):
+        raise _refuse("search.query", f"a query of the shape {tuple(queries.shape)}", "Give fingerprints of the model.")
+    if not bool((wanted.norm(dim=1) <= 2).all()):  # bounds are worked out in float32; NaN is not
+        raise _refuse("search.query", "a query that is longer than 2, or no number", "Give rows of length one.")
     found = [Found.none(k) for _ in wanted]
     first = 0
     for part, kept in zip(parts, keep or [None] * len(parts), strict=True):
@@ -134,11 +137,12 @@ class _Look:
         seeds = _lowest(score, found.k)
         self._exact(seeds + start, first, found)
         score[seeds] = torch.inf  # they are counted
-        bound = torch.add(score, self.part.spread[start : start + len(score)], alpha=-2 * self.length)
-        rows = ((bound <= found.bound + self.margin) & (bound < torch.inf)).nonzero().squeeze(1)
+        spread = self.part.spread[start : start + len(score)]
+        bound = score.add_(spread, alpha=-2 * self.length)
+        rows = (bound <= min(found.bound + self.margin, _FINITE)).nonzero().squeeze(1)
         for at in range(0, len(rows), _LOOK):
             some = rows[at : at + _LOOK]
-            self._refine(some + start, score[some], first, found)
+            self._refine(some + start, torch.add(bound[some], spread[some], alpha=2 * self.length), first, found)
 
     def _refine(self, rows: Tensor, score: Tensor, first: int, found: Found) -> None:
         """Look at rows with 12 bits, and at those that may still be among the nearest with all."""

@@ -131,6 +131,22 @@ def test_the_bounds_of_the_planes_hold(kind: str, n: int, dims: int, seed: int) 
     torch.testing.assert_close(split.energy.double(), away.square().sum(1), rtol=1e-6, atol=1e-12)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dims", [3, 64, 250, 4096])
+def test_no_bound_is_above_the_distance_that_it_bounds(kind: str, dims: int) -> None:
+    rows, queries = rows_of(kind, 300, dims, 11)
+    split, width = Planes.of(rows), -(-dims // 32) * 32
+    for query in (*queries.double(), rows[0].double(), -rows[0].double()):
+        true = (rows.double() - query).square().sum(1)
+        look, score = search._Look(query, split), torch.empty(300)
+        group = next(size for size in (256, 128, 64, 32) if width % size == 0)
+        scales = search._scales(width // group, len(split.high))
+        product = torch._weight_int4pack_mm_for_cpu(look.coarse[None], split.high, group, scales)[0]
+        look.score(slice(0, 300), product[:300], score)
+        bound = torch.add(score, split.spread, alpha=-2 * look.length)
+        assert bool((bound.double() <= true + look.margin).all())
+
+
 def test_memory_is_two_bytes_a_number_and_little_more() -> None:
     rows, _ = rows_of("scattered", 2000, 256, 0)
     assert Planes.of(rows).nbytes / 2000 <= 2 * 256 + 16
@@ -175,6 +191,7 @@ def test_rows_off_the_grid_are_not_indexed(value: float) -> None:
         (torch.zeros(1, 5), 1, "search.query"),
         (torch.zeros(4), 1, "search.query"),
         (torch.full((1, 4), float("nan")), 1, "search.query"),
+        (torch.full((1, 4), 1.1), 1, "search.query"),
         (torch.zeros(1, 4), 0, "search.bounds"),
     ],
 )
