@@ -65,8 +65,8 @@ def nearest(
     """For each query (Q, D) the `k` nearest rows of all `parts`, which count as one after the other.
 
     `keep` says for each part which rows (N,) count at all, None for all of them. Fewer than `k` are found where there
-    are fewer rows. Raises DataError `search.query` for queries of another shape, or longer than 2, `search.bounds` for k
-    below 1.
+    are fewer rows. Raises DataError `search.query` for queries of another shape or longer than 2, and `search.bounds`
+    for k below 1.
     """
     if k < 1:
         raise _refuse("search.bounds", f"{k} neighbours were asked for", "Ask for at least one.")
