@@ -34,7 +34,8 @@ def stored(fingerprints: Tensor) -> Tensor:
         raise _refuse(f"fingerprints of the shape {tuple(fingerprints.shape)}")
     if not bool((fingerprints.abs() <= 1.001).all()):  # NaN is not
         raise _refuse("fingerprints hold a number that is not in -1..1")
-    return (fingerprints.half().float().clamp(-1, 1) / GRID).round().mul(GRID).half()
+    whole = (fingerprints.half().float().clamp(-1, 1) / GRID).round() + 0.0  # one zero, not two
+    return whole.mul(GRID).half()
 
 
 @dataclass(frozen=True)

@@ -82,6 +82,21 @@ class SegmentHeader(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
 
 
 @dataclass(frozen=True)
+class Columns:
+    """Rows taken apart: fingerprints (N, D) float16, and by row its source, leaf and commitment (N, 32)."""
+
+    fingerprints: Tensor
+    source: NDArray[np.uint32]
+    leaf: NDArray[np.uint32]
+    commitments: Rows
+
+    def select(self, rows: slice | NDArray[np.bool_]) -> Columns:
+        """Some of the rows."""
+        index = rows if isinstance(rows, slice) else torch.from_numpy(rows)
+        return Columns(self.fingerprints[index], self.source[rows], self.leaf[rows], self.commitments[rows])
+
+
+@dataclass(frozen=True)
 class Batch:
     """Records to be added together: row i has label, source and leaf i; fingerprints (N, D) as `stored` makes them."""
 
@@ -108,20 +123,9 @@ class Batch:
             np.frombuffer(b"".join(commitments), np.uint8).reshape(-1, 32),
         )
 
-
-@dataclass(frozen=True)
-class Columns:
-    """Rows taken apart: fingerprints (N, D) float16, and by row its source, leaf and commitment (N, 32)."""
-
-    fingerprints: Tensor
-    source: NDArray[np.uint32]
-    leaf: NDArray[np.uint32]
-    commitments: Rows
-
-    def select(self, rows: slice | NDArray[np.bool_]) -> Columns:
-        """Some of the rows."""
-        index = rows if isinstance(rows, slice) else torch.from_numpy(rows)
-        return Columns(self.fingerprints[index], self.source[rows], self.leaf[rows], self.commitments[rows])
+    def of_label(self, label: int) -> Columns:
+        """The records of a class."""
+        return Columns(self.fingerprints, self.source, self.leaf, self.commitments).select(self.labels == label)
 
 
 def joined(parts: Sequence[Columns]) -> Columns:

@@ -94,9 +94,12 @@ class LinkageStore:
             self._segments.append(batch, model=model, time=time)
             header = self._segments.headers[-1]
             self._sources.add(header.sources)
-            warm = [label for label, _ in header.classes if (model, label) in self._shelves]
-            for label, shelf in self._filled(warm, [header.number]).items():
-                self._shelves[model, label] = with_last(self._shelves[model, label], shelf)
+            for label, size in header.classes:
+                if (model, label) in self._shelves:
+                    columns = batch.of_label(label)
+                    filling = Filling(size, dims)
+                    filling.add(header.number, self._sources.numbers(batch.sources, columns.source), columns)
+                    self._shelves[model, label] = with_last(self._shelves[model, label], filling.shelf())
             return self.head
 
     def remove(self, records: Sequence[RecordRef], *, model: str, time: int) -> str:

@@ -130,6 +130,15 @@ def test_memory_is_two_bytes_a_dimension_and_at_most_64_a_record(monkeypatch: py
     assert store.nbytes(MODEL) / 4000 <= 2 * 256 + 64
 
 
+def test_what_is_added_to_a_class_in_memory_is_not_read_back() -> None:
+    host, store, known = made(60)
+    store.load(MODEL)
+    host.on_read = lambda _call: Data()
+    batch, more = drawn(50, seed=5)
+    store.append(batch, model=MODEL, time=1)
+    answers_truly(store, known | more)
+
+
 def test_one_adds_while_others_search() -> None:
     _, store, known = made(200)
     store.load(MODEL)
