@@ -155,6 +155,20 @@ def test_columns_that_do_not_fit_together_make_no_segment(change: dict[str, Any]
     assert raised.value.code == "segment.uneven"
 
 
+def test_no_records_make_no_segment() -> None:
+    with pytest.raises(DataError) as raised:
+        begin(Batch.of(torch.zeros((0, 4), dtype=torch.float16), [], [], []), **ABOUT)
+    assert raised.value.code == "segment.uneven"
+
+
+@pytest.mark.parametrize("bound", ["MAX_RECORDS", "MAX_CLASSES", "MAX_SOURCES"])
+def test_more_than_a_header_may_list_makes_no_segment(bound: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(segments, bound, 1)
+    with pytest.raises(DataError) as raised:
+        begin(drawn(5, seed=1)[0], **ABOUT)
+    assert raised.value.code == "segment.uneven"
+
+
 def test_a_time_that_no_header_can_say_makes_no_segment() -> None:
     with pytest.raises(DataError, match="at the time"):
         begin(drawn(5, seed=1)[0], **(ABOUT | {"time": -1}))
