@@ -181,8 +181,8 @@ def checksum(block: bytes) -> bytes:
 def unpack(header: SegmentHeader, index: int, block: bytes) -> Columns:
     """Block `index` taken apart. Raises IntegrityError `segment.damaged`."""
     rows = min(header.block, header.records - index * header.block)
-    due = header.sums[4 * index : 4 * index + 4]
-    if not 0 <= index < header.blocks or len(block) != rows * header.row_bytes or checksum(block) != due:
+    due = header.sums[4 * index : 4 * index + 4]  # none of a block that is not there
+    if checksum(block) != due or len(block) != rows * header.row_bytes:
         raise damaged(header.number, f"block {index} is not the one that was written")
     table, edge = np.frombuffer(block, np.uint8).reshape(rows, -1), 2 * header.dims
     fingerprints = torch.from_numpy(_as_numbers(table[:, :edge], "<f2").astype(np.float16))

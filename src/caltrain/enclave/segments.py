@@ -146,7 +146,7 @@ class SealedSegments:
         length = int(_PREFIX.unpack(prefix)[-1])
         if prefix != self._prefix(number, length):
             raise _lineage("linkage.foreign", f"segment {number} is of another run, generation or place")
-        if not OVERHEAD < length <= segments.MAX_HEADER + OVERHEAD + _PAD:
+        if length > segments.MAX_HEADER + OVERHEAD + _PAD:
             raise segments.damaged(number, f"a header of {length} bytes")
         sealed = self._fetch(number, "", offset=_PREFIX.size, length=length)
         try:

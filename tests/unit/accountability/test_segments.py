@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -75,6 +76,15 @@ def test_a_block_with_any_bit_changed_is_refused() -> None:
         assert raised.value.code == "segment.damaged"
 
 
+@pytest.mark.parametrize("change", [lambda raw: raw[:-1], lambda raw: raw + raw, lambda _raw: b""])
+def test_a_block_of_another_size_is_refused_though_its_checksum_is_right(change: Callable[[bytes], bytes]) -> None:
+    header, (block,) = made(drawn(5, seed=1)[0])
+    wrong = change(block)
+    with pytest.raises(IntegrityError) as raised:
+        unpack(msgspec.structs.replace(header, sums=checksum(wrong)), 0, wrong)
+    assert raised.value.code == "segment.damaged"
+
+
 @pytest.mark.parametrize("index", [-1, 1])
 def test_a_block_that_is_not_there_is_refused(index: int) -> None:
     header, (block,) = made(drawn(5, seed=1)[0])
@@ -100,7 +110,11 @@ WRONG: dict[str, dict[str, Any]] = {
     "classes out of order": {"classes": [[2, 3], [1, 2]]},
     "a class twice": {"classes": [[1, 3], [1, 2]]},
     "an empty class": {"classes": [[1, 5], [2, 0]]},
-    "too many records": {"classes": [[1, segments.MAX_RECORDS], [2, 1]]},
+    "too many records": {
+        "classes": [[1, segments.MAX_RECORDS], [2, 1]],
+        "block": segments.MAX_RECORDS,
+        "sums": bytes(8),
+    },
     "no dimensions": {"dims": 0},
     "too many dimensions": {"dims": 1 << 20},
     "checksums of other blocks": {"sums": bytes(8)},
@@ -169,6 +183,7 @@ def test_more_than_a_header_may_list_makes_no_segment(bound: str, monkeypatch: p
     assert raised.value.code == "segment.uneven"
 
 
-def test_a_time_that_no_header_can_say_makes_no_segment() -> None:
+@pytest.mark.parametrize("time", [-1, segments.MAX_TIME + 1])
+def test_a_time_that_no_header_can_say_makes_no_segment(time: int) -> None:
     with pytest.raises(DataError, match="at the time"):
-        begin(drawn(5, seed=1)[0], **(ABOUT | {"time": -1}))
+        begin(drawn(5, seed=1)[0], **(ABOUT | {"time": time}))
