@@ -18,7 +18,7 @@ from torch import Tensor
 from caltrain.accountability.planes import GRID, Planes, fine_steps
 from caltrain.errors import DataError
 
-_BLOCK = 1 << 17  # rows of one call of the kernel
+_BLOCK = 1 << 20  # rows of one call of the kernel: each call waits for the slowest thread
 _AT_ONCE = 8  # queries of one call
 _PASS = 1 << 22  # rows whose scores are kept at once
 _LOOK = 1 << 14  # rows that are looked at again at once
