@@ -39,18 +39,20 @@ def read_policy(path: Path) -> Policy:
 
 
 def read_key(text: str) -> str:
-    """A public key as it is written, or out of an identity.json. Raises ConfigError `key.unreadable`."""
-    if text.startswith("ed25519:"):
-        return text
+    """A public key as it is written, or out of an identity.json. Raises ConfigError `identity.not-public`."""
+    return text if text.startswith("ed25519:") else read_public(Path(text)).public_key
+
+
+def read_public(path: Path) -> PublicIdentity:
+    """An identity.json: somebody's name and public key. Raises ConfigError `identity.not-public`, `file.unreadable`."""
     try:
-        raw = read_bounded(Path(text), limit=_MAX_IDENTITY)
-        return msgspec.json.decode(raw, type=PublicIdentity).public_key
+        return msgspec.json.decode(read_bounded(path, limit=_MAX_IDENTITY), type=PublicIdentity)
     except UNDECODABLE as error:
         raise ConfigError(
-            "key.unreadable",
-            f"{text[:200]!r} holds no public key: {str(error)[:200]}",
-            step="read key",
-            fix="Give the key, ed25519:..., or the path of its owner's identity.json.",
+            "identity.not-public",
+            f"{path} holds no public key: {str(error)[:200]}",
+            step="read identity",
+            fix="Give the identity.json that `caltrain party keygen` wrote, or for a key alone ed25519:....",
         ) from None
 
 

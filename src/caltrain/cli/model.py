@@ -12,13 +12,13 @@ import msgspec
 import typer
 
 from caltrain.attestation.verify import Claims
-from caltrain.cli.files import read_key, read_policy, write_json
+from caltrain.cli.files import read_key, read_policy, read_public, write_json
 from caltrain.cli.output import Format, FormatOption, choose, emit, say, say_simulated
-from caltrain.errors import UNDECODABLE, ConfigError
+from caltrain.errors import ConfigError
 from caltrain.files import read_bounded
 from caltrain.host_client import HostClient
 from caltrain.models.spec import MAX_WHEEL_BYTES
-from caltrain.participant.identity import PublicIdentity, load_identity
+from caltrain.participant.identity import load_identity
 from caltrain.serving.folder import open_folder
 from caltrain.serving.package import (
     Across,
@@ -35,7 +35,6 @@ app = typer.Typer(help="The owner of a served model: package it, hand over its k
 HomeOption = Annotated[Path, typer.Option(help="the owner's folder (`caltrain party keygen`)")]
 PackageArgument = Annotated[Path, typer.Argument(help="a package's folder")]
 UserOption = Annotated[list[str], typer.Option(help="IDENTITY.JSON:RECORDS, who may ask about how many; repeat")]
-_MAX_IDENTITY = 1 << 16
 _PAUSE_SECONDS, _TRIES = 0.5, 240
 
 
@@ -196,14 +195,14 @@ def _terms(**fields: object) -> Terms:
 
 def _user(text: str) -> ServedUser:
     path, _, records = text.rpartition(":")
+    identity = read_public(Path(path))
     try:
-        identity = msgspec.json.decode(read_bounded(Path(path), limit=_MAX_IDENTITY), type=PublicIdentity)
         fields = {"name": identity.name, "public_key": identity.public_key, "budget": int(records)}
         return msgspec.convert(fields, ServedUser)
-    except UNDECODABLE as error:
+    except ValueError as error:
         raise ConfigError(
             "package.user",
-            f"{text[:200]!r} does not name a user: {str(error)[:200]}",
+            f"{text[:200]!r} does not say how many records the user may ask about: {str(error)[:200]}",
             step="read user",
             fix="Give the user's identity.json, a colon and a number of records, such as una/identity.json:10000.",
         ) from None

@@ -23,7 +23,7 @@ import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, TypeVar
+from typing import Any
 
 from torch import Tensor
 
@@ -49,6 +49,7 @@ from caltrain.boundary.tensors import TensorHead
 from caltrain.crypto.dsse import open_envelope
 from caltrain.enclave.door import Door
 from caltrain.enclave.infer import Batches
+from caltrain.enclave.run import present
 from caltrain.enclave.served_model import ServedModel, load_model
 from caltrain.enclave.sessions import Sessions
 from caltrain.enclave.vault import Vault
@@ -61,7 +62,6 @@ MAX_USED_NONCES = 1 << 16
 Incoming = ServingRequest | tuple[TensorHead, Tensors]
 Outgoing = tuple[ServingReply, Sequence[Tensor]]
 """A reply, and the IR that follows it, if any."""
-T = TypeVar("T")
 _HARMLESS = frozenset({"tensor.malformed", "door.unexpected", "ring.out-of-range"})
 """Errors after which the next frame can be read as if nothing had been."""
 
@@ -106,7 +106,7 @@ def serving_main(channel: Channel, attester: Attester, storage: Channel, *, whee
         reply, ir = handle(service, incoming)
         channel.send(reply)
         if isinstance(reply, Admitted) and ir:
-            package = _present(service.package)
+            package = present(service.package)
             channel.send_tensors(ir, role="ir", run=package.id, epoch=0, step=reply.batch)
 
 
@@ -153,13 +153,13 @@ def attest(service: Service, message: Attest) -> Outgoing:
             step="attest",
             fix="Ask for evidence for serving.",
         )
-    bundle = service.vault.attest("serving", plan=_present(service.package).digest(), nonce=message.nonce)
+    bundle = service.vault.attest("serving", plan=present(service.package).digest(), nonce=message.nonce)
     return Served(bundle=bundle), ()
 
 
 def grant(service: Service, message: Grant) -> Outgoing:
     """Take the package's key from its owner, open its parts and begin to serve. Budgets count from here."""
-    package, vault = _present(service.package), service.vault
+    package, vault = present(service.package), service.vault
     sealed = open_envelope(message.envelope, "grant", package.owner, SealedMessage, step="grant")
     binding = vault.redeem(sealed, "serving")
     secret = open_message(sealed, PackageKey, binding=binding, key=vault.encryption, step="grant")
@@ -172,7 +172,7 @@ def grant(service: Service, message: Grant) -> Outgoing:
 
 def open_session(service: Service, message: OpenSession) -> Outgoing:
     """Take a user's session key, if the package or a credential of its issuer names them by the key that signed."""
-    package, vault = _present(service.package), service.vault
+    package, vault = present(service.package), service.vault
     step, signer = "open session", message.envelope.signer
     sealed = open_envelope(message.envelope, "session", signer, SealedMessage, step=step)
     user = user_of(package, sealed.sender, message.credential)
@@ -185,11 +185,11 @@ def open_session(service: Service, message: OpenSession) -> Outgoing:
         )
     binding = vault.redeem(sealed, "serving")
     secret = open_message(sealed, SessionSecret, binding=binding, key=vault.encryption, step=step)
-    sessions = _present(service.sessions)
+    sessions = present(service.sessions)
     session = sessions.open(user, secret.key)
     opened = SessionOpened(
         session=session.id,
-        classes=_present(service.model).classes,
+        classes=present(service.model).classes,
         budget_left=sessions.left(user),
         simulated=vault.attester.simulated,
     )
@@ -199,23 +199,23 @@ def open_session(service: Service, message: OpenSession) -> Outgoing:
 
 def close_session(service: Service, message: CloseSession) -> Outgoing:
     """Forget a session. What it asked before is still answered."""
-    _present(service.sessions).close(message.session)
+    present(service.sessions).close(message.session)
     return Served(), ()
 
 
 def infer(service: Service, message: Infer) -> Outgoing:
     """Admit requests; the IR of the admitted ones goes out."""
-    return _present(service.batches).begin(message.batch, message.requests)
+    return present(service.batches).begin(message.batch, message.requests)
 
 
 def take_output(service: Service, output: tuple[TensorHead, Tensors]) -> Outgoing:
     """What the center gave for a batch: answered."""
-    return _present(service.batches).finish(*output), ()
+    return present(service.batches).finish(*output), ()
 
 
 def abandon(service: Service, message: Abandon) -> Outgoing:
     """The center gives nothing for a batch."""
-    return _present(service.batches).abandon(message.batch), ()
+    return present(service.batches).abandon(message.batch), ()
 
 
 Handler = Callable[[Service, Any], Outgoing]
@@ -245,13 +245,6 @@ def _failed(incoming: Incoming, error: CaltrainError) -> ServingReply:
     if isinstance(incoming, tuple):
         return Answered(incoming[0].step, error=error.diagnostics())
     return Failed(error.diagnostics(), fatal=False)
-
-
-def _present(value: T | None) -> T:
-    """A field that the table guarantees. Raises ProtocolError where it does not."""
-    if value is None:  # equivalent: the table leaves no way here
-        raise _refused("session.not-yet", "the service has not come far enough for this")
-    return value
 
 
 def _refused(code: str, what: str) -> ProtocolError:

@@ -30,24 +30,17 @@ from typing import Annotated, Any
 import msgspec
 from fastapi import FastAPI, Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, StreamingResponse
-from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect
 
 from caltrain.attestation.evidence import Nonce, Purpose
 from caltrain.crypto.digests import canonical_json
 from caltrain.crypto.dsse import MAX_ENVELOPE_BYTES, Envelope, envelope_from_json
 from caltrain.errors import (
     AccessError,
-    CaltrainError,
-    ConfigError,
-    DataError,
-    EnvironmentFault,
-    IntegrityError,
     ProtocolError,
 )
 from caltrain.host.conductor import Conductor
+from caltrain.host.http_faults import HANDLED, bad_argument, json_response, named, status_of
 from caltrain.host.uploads import receive_shard
 from caltrain.models.spec import Cut
 
@@ -56,14 +49,6 @@ ARTIFACTS = re.compile(
     r"center|log\.jsonl|(release|suspicion|semi-trained)\.json|chain\.jsonl|(release|suspicion|semi-trained)/[a-z0-9-]{1,40}"
     r"|countersignatures/[a-z0-9-]{1,40}\.json"
 )
-_STATUS: dict[type[CaltrainError], int] = {
-    AccessError: 403,
-    ConfigError: 400,
-    DataError: 422,
-    IntegrityError: 422,
-    ProtocolError: 409,
-    EnvironmentFault: 503,
-}
 _BY_CODE = {
     "upload.too-large": 413,
     "user.budget-spent": 429,
@@ -83,7 +68,7 @@ def create_app(conductor: Conductor) -> FastAPI:
         await run_in_threadpool(conductor.stop)
 
     app = FastAPI(title="CalTrain host", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
-    for kind in (CaltrainError, RequestValidationError, HTTPException, ClientDisconnect, Exception):
+    for kind in HANDLED:
         app.add_exception_handler(kind, _render)
     _run_routes(app, conductor)
     _party_routes(app, conductor)
@@ -104,22 +89,22 @@ def _run_routes(app: FastAPI, conductor: Conductor) -> None:
 
     @app.get("/v1/run")
     async def run() -> Response:
-        return _json(conductor.status)
+        return json_response(conductor.status)
 
     @app.post("/v1/run/start")
     async def start() -> Response:
         conductor.start_training()
-        return _json(conductor.status)
+        return json_response(conductor.status)
 
     @app.post("/v1/run/cut")
     async def cut(front: int) -> Response:
         conductor.ask_cut(_convert(front, Cut))
-        return _json(conductor.status)
+        return json_response(conductor.status)
 
     @app.get("/v1/attestation")
     async def attestation(purpose: str, nonce: str) -> Response:
         checked = _convert((purpose, nonce), tuple[Purpose, Nonce])
-        return _json(await run_in_threadpool(conductor.attest, *checked))
+        return json_response(await run_in_threadpool(conductor.attest, *checked))
 
     @app.get("/v1/manifest")
     async def manifest() -> Response:
@@ -146,7 +131,7 @@ def _party_routes(app: FastAPI, conductor: Conductor) -> None:
         async def post(party: str, request: Request) -> Response:
             conductor.plan.party(party)
             answer = await run_in_threadpool(action, party, await _envelope(request, MAX_NOTE))
-            return _json(answer if answer is not None else {"accepted": True})
+            return json_response(answer if answer is not None else {"accepted": True})
 
     forward("approval", conductor.approve)
     forward("provision", conductor.provision)
@@ -162,43 +147,15 @@ def _party_routes(app: FastAPI, conductor: Conductor) -> None:
             conductor.store, conductor.plan, party, shard, request, replace=conductor.manifest is None
         )
         conductor.notify()
-        return _json(header)
+        return json_response(header)
 
 
 async def _render(_: Request, raised: Exception) -> Response:
-    error, status = _named(raised), None
-    if isinstance(raised, HTTPException):
-        status = raised.status_code
-    status = status or _BY_CODE.get(error.code) or _STATUS.get(type(error), 400)
+    status = status_of(raised, _BY_CODE)
     headers = {"Retry-After": "2"} if status in {429, 503} else {}
     # The rest of a refused body is never read: the connection ends with the answer.
-    return _json({"error": error.diagnostics()}, status=status, headers=headers | {"Connection": "close"})
-
-
-def _named(error: Exception) -> CaltrainError:
-    """The error as one of ours: a caller never gets another form than the one that this module promises."""
-    match error:
-        case CaltrainError():
-            return error
-        case RequestValidationError():
-            return _bad_argument("an argument is missing or malformed")
-        case ClientDisconnect():
-            return IntegrityError("upload.cut-short", "the upload broke off", step="read request", fix="Send it again.")
-        case HTTPException():
-            return ProtocolError(
-                "http.no-such-route", f"no such request: {error.detail}", step="read request", fix="Use this version's."
-            )
-        case _:
-            return ProtocolError(
-                "host.internal",
-                f"the host failed unexpectedly: {type(error).__name__}",
-                step="answer request",
-                fix="Report this with the host's log.",
-            )
-
-
-def _json(value: Any, *, status: int = 200, headers: dict[str, str] | None = None) -> Response:
-    return Response(msgspec.json.encode(value), status_code=status, media_type="application/json", headers=headers)
+    body = {"error": named(raised).diagnostics()}
+    return json_response(body, status=status, headers=headers | {"Connection": "close"})
 
 
 async def _envelope(request: Request, limit: int) -> Envelope:
@@ -219,8 +176,4 @@ def _convert(value: Any, type_: Any) -> Any:
     try:
         return msgspec.convert(value, type_)
     except msgspec.ValidationError as error:
-        raise _bad_argument(str(error)) from None
-
-
-def _bad_argument(what: str) -> ProtocolError:
-    return ProtocolError("http.bad-argument", what, step="read query", fix="Send what this version's commands send.")
+        raise bad_argument(str(error)) from None

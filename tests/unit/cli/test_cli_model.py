@@ -85,7 +85,7 @@ def test_show_says_the_same_and_who_signed(owner: Owner) -> None:
 def test_a_file_without_a_key_is_no_owner(owner: Owner) -> None:
     owner.package()
     shown = owner.cli("model", "show", owner.out, "--owner", owner.keys.folder / "secrets.json", as_json=True)
-    assert (shown.code, shown.error["code"]) == (10, "key.unreadable")
+    assert (shown.code, shown.error["code"]) == (10, "identity.not-public")
 
 
 def test_show_refuses_another_owner(owner: Owner) -> None:

@@ -25,10 +25,11 @@ from caltrain.attestation.evidence import Nonce
 from caltrain.crypto.decoders import json_decoder
 from caltrain.crypto.dsse import envelope_from_json
 from caltrain.errors import UNDECODABLE
+from caltrain.host.http_faults import HANDLED, bad_argument, json_response
 from caltrain.host.serving.bodies import Bodies
 from caltrain.host.serving.metrics import CONTENT_TYPE, Metrics
 from caltrain.host.serving.registry import Registry
-from caltrain.host.serving.rendered import HANDLED, bad_argument, json_response, render
+from caltrain.host.serving.rendered import render
 from caltrain.serving.oip import (
     EXTENSIONS,
     LENGTH_HEADER,

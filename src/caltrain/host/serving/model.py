@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
 from contextlib import suppress
 from typing import Literal, Protocol, TypeVar
@@ -259,7 +259,7 @@ class ServedModel:
         return self._enclave
 
 
-async def within(waiting: object, seconds: float) -> None:
+async def within(waiting: Awaitable[object], seconds: float) -> None:
     """Wait for it, but no longer than that."""
     with suppress(TimeoutError):
-        await asyncio.wait_for(waiting, seconds)  # type: ignore[arg-type]
+        await asyncio.wait_for(waiting, seconds)
