@@ -31,11 +31,6 @@ class Registry:
 
     # -- who is asked ----------------------------------------------------------------------------------------------
 
-    @property
-    def names(self) -> list[str]:
-        """Names of models."""
-        return sorted(self._models)
-
     def versions(self, name: str) -> list[ServedModel]:
         """What is served under a name, oldest revision first. Raises AccessError `model.unknown`."""
         if name not in self._models:
