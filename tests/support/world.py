@@ -39,6 +39,7 @@ from caltrain.models.weights import decode_state
 from caltrain.plan import Plan, Right, RunManifest, check_plan
 from caltrain.provenance.chain import Chain, Event, verify_chain
 from caltrain.provenance.statements import AssessedModel, ExposureVote
+from caltrain.records.commitment import RecordRef
 from caltrain.records.schema import decode_record
 from caltrain.training.plain import OnStep, train_plain
 from caltrain.training.seeds import RunSeeds
@@ -360,6 +361,12 @@ class World:
     def statement(self, kind: str, type_: type[Any]) -> Any:
         """A statement of the enclave, verified."""
         return open_envelope(self.statements[kind], kind, self.run.vault.signing.public, type_, step="verify")
+
+    def linked(self) -> dict[RecordRef, tuple[int, bytes, Tensor]]:
+        """What the enclave has linked its model to: by record label, commitment, and the fingerprint as stored."""
+        store, model = self.run.linkage, self.run.model_digest
+        assert store is not None
+        return {r: (label, h, f) for label in store.labels(model) for r, h, f in store.entries(model, label)}
 
     def data(self, *, held_out: bool = False) -> tuple[Tensor, Tensor]:
         """Records in the manifest's order, those trained on or those held out: pixels (N, 1, 4, 4), labels (N,)."""

@@ -238,11 +238,15 @@ class Read(Message, frozen=True, tag="read"):
 
 
 class Write(Message, frozen=True, tag="write"):
-    """Store these bytes at `offset` of an object, which grows as needed."""
+    """Store these bytes at `offset` of an object, which grows as needed.
+
+    With `durable`, answer when all that was written to it would outlast a power failure.
+    """
 
     name: ObjectName
     offset: Annotated[int, msgspec.Meta(ge=0)]
     data: Chunk
+    durable: bool = False
 
 
 class CommitCenter(Message, frozen=True, tag="commit-center"):

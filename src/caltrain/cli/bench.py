@@ -163,6 +163,24 @@ def infer(
     emit({"rows": found}, title="Inference (simulated enclave)")
 
 
+@app.command()
+def trace(
+    records: Annotated[int, typer.Option(min=9, help="linked records, of all classes")] = 1_000_000,
+    dims: Annotated[int, typer.Option(min=1, help="numbers of a fingerprint")] = 256,
+    classes: Annotated[int, typer.Option(min=1, help="classes; one is searched")] = 10,
+    rounds: Annotated[int, typer.Option(min=2, help="queries of each way, in turns")] = 25,
+    threads: Annotated[int, typer.Option(min=1, help="threads of each way")] = 2,
+    folder: Annotated[Path | None, typer.Option(help="where the sealed store lies meanwhile")] = None,
+    format_: FormatOption = Format.TEXT,
+) -> None:
+    """The sealed linkage store beside plain faiss: the nearest records inside one class, exactly."""
+    from caltrain.bench.trace import run  # noqa: PLC0415  # torch
+
+    choose(format_)
+    report = run(records=records, dims=dims, classes=classes, rounds=rounds, threads=threads, folder=folder)
+    emit(report, title="Trace")
+
+
 def cost_plot(rows: Sequence[InferenceReport]) -> str:
     """Throughput of protected over plain inference by the number of layers inside, a line a model and load, as SVG."""
     kinds = dict.fromkeys((row.model, row.concurrency) for row in rows)

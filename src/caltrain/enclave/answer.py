@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from caltrain.accountability.neighbours import nearest_in_class
 from caltrain.boundary.messages import Done, Query, RecordDisclosure
 from caltrain.boundary.sealed import (
     Answers,
@@ -20,8 +20,9 @@ from caltrain.boundary.sealed import (
     open_message,
     seal_for,
 )
-from caltrain.crypto.digests import canonical_json, digest, to_text
+from caltrain.crypto.digests import canonical_json, digest, to_raw, to_text
 from caltrain.crypto.dsse import Envelope, open_envelope
+from caltrain.enclave.linkage import Hit
 from caltrain.enclave.run import Run, State, present
 from caltrain.errors import AccessError, DataError, IntegrityError
 from caltrain.models.network import features_and_logits
@@ -112,33 +113,41 @@ def _answer(run: Run, question: Question, inputs: Tensor, *, user: User, nonce: 
     if question.kind == "predict":
         table = tuple(tuple(round(float(s), 6) for s in row) for row in probabilities)
         return Answers(model=run.model_digest, predicted=predicted, scores=table, budget_left=left)
+    hits = _nearest(run, embeddings, predicted)
     traces = tuple(
-        _trace(run, plan, embedding, label, bytes(inputs[i].numpy().tobytes()), user=user, nonce=nonce, index=i)
-        for i, (embedding, label) in enumerate(zip(embeddings, predicted, strict=True))
+        _trace(run, plan, hits[i], label, bytes(inputs[i].numpy().tobytes()), user=user, nonce=nonce, index=i)
+        for i, label in enumerate(predicted)
     )
     return Answers(model=run.model_digest, predicted=predicted, traces=traces, budget_left=left)
 
 
+def _nearest(run: Run, embeddings: Tensor, predicted: Sequence[int]) -> list[list[Hit]]:
+    """For each input the nearest records inside its predicted class: fewer where the class is smaller."""
+    store, k = present(run.linkage), present(run.plan).trace.neighbours
+    found: list[list[Hit]] = [[] for _ in predicted]
+    for label in set(predicted):
+        asked = [i for i, own in enumerate(predicted) if own == label]
+        there = min(k, store.count(run.model_digest, label))
+        if there:
+            hits = store.nearest(embeddings[asked], model=run.model_digest, labels=[label], k=there)
+            for i, own_hits in zip(asked, hits, strict=True):
+                found[i] = own_hits
+    return found
+
+
 def _trace(
-    run: Run, plan: Plan, embedding: Tensor, label: int, pixels: bytes, *, user: User, nonce: str, index: int
+    run: Run, plan: Plan, hits: Sequence[Hit], label: int, pixels: bytes, *, user: User, nonce: str, index: int
 ) -> Envelope:
-    """Rank the nearest records inside the predicted class, and sign the answer."""
-    linkage, step = present(run.linkage), plan.trace.distance_step
-    indices, distances = nearest_in_class(
-        embedding,
-        label=label,
-        fingerprints=linkage.fingerprints,
-        labels=linkage.labels,
-        k=plan.trace.neighbours,
-    )
+    """Sign the ranked records, with no more precision than the plan allows."""
+    step = plan.trace.distance_step
     neighbours = tuple(
         Neighbour(
             rank=rank + 1,
-            record=linkage.records[int(i)],
-            distance=round(round(float(d) / step) * step, 6),
-            commitment=to_text(linkage.commitments[int(i)]),
+            record=hit.record,
+            distance=round(round(hit.distance / step) * step, 6),
+            commitment=to_text(hit.commitment),
         )
-        for rank, (i, d) in enumerate(zip(indices, distances, strict=True))
+        for rank, hit in enumerate(hits)
     )
     statement = TraceStatement(
         run=run.vault.run,
@@ -162,10 +171,8 @@ def record_disclosure(run: Run, message: RecordDisclosure) -> tuple[Done, State]
     """Note in the chain that a party has disclosed one of its records."""
     party = present(run.plan).party(message.party)
     note = open_envelope(message.envelope, "disclosure-note", party.public_key, DisclosureNote, step="disclosure")
-    owners = {
-        to_text(c): r.party for c, r in zip(present(run.linkage).commitments, present(run.linkage).records, strict=True)
-    }
-    if note.run != run.vault.run or note.party != party.name or owners.get(note.commitment) != party.name:
+    record = present(run.linkage).find(run.model_digest, to_raw(note.commitment))
+    if note.run != run.vault.run or note.party != party.name or record is None or record.party != party.name:
         raise IntegrityError(
             "disclosure.not-own",
             f"{party.name} has no such record in this run",

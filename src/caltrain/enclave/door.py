@@ -80,11 +80,12 @@ class Door:
                 )
         return bytes(raw)
 
-    def write(self, name: str, data: bytes, *, offset: int) -> None:
-        """Have the host store `data` at `offset`."""
+    def write(self, name: str, data: bytes, *, offset: int, durable: bool = False) -> None:
+        """Have the host store `data` at `offset`; if `durable`, it says when the whole object is on its disk."""
         view = memoryview(data)
         for start in range(0, len(view), MAX_CHUNK):
-            self._call(Write(name, offset + start, bytes(view[start : start + MAX_CHUNK])))
+            last = start + MAX_CHUNK >= len(view)
+            self._call(Write(name, offset + start, bytes(view[start : start + MAX_CHUNK]), durable and last))
 
     def commit_center(self, epoch: int, step: int, *, durable: bool = False) -> bytes:
         """The host's commitment (32 bytes) to the CenterNet's state before that step."""

@@ -2,25 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
+from torch import Tensor
 
 from caltrain.accountability.neighbours import label_disagreement
+from caltrain.accountability.planes import stored
+from caltrain.accountability.segments import Batch
 from caltrain.boundary.messages import Done, Link, Release
 from caltrain.boundary.sealed import ReleasedPart, SuspicionReport, seal_for
 from caltrain.crypto.digests import canonical_json, digest
 from caltrain.crypto.merkle import merkle_root
 from caltrain.enclave.ingest import lineage, unpack
-from caltrain.enclave.run import Linkage, Run, present
+from caltrain.enclave.linkage import LinkageStore
+from caltrain.enclave.run import Run, present
 from caltrain.enclave.run import State as RunState
+from caltrain.enclave.segments import Place
 from caltrain.enclave.zones import inner_state, joined, same_center, shown_center
 from caltrain.errors import IntegrityError
 from caltrain.models.network import features_and_logits
 from caltrain.models.weights import encode_state, model_digest, state_of
 from caltrain.provenance.chain import EventKind
 from caltrain.provenance.statements import LinkedModel, ModelStatement
+from caltrain.records.commitment import RecordRef
 from caltrain.training.batches import center_crop, normalise
 
 _LINK_BATCH = 256
+_SEGMENT = 1 << 20
+Line = tuple[RecordRef, bytes]
 
 
 def release(run: Run, _message: Release) -> tuple[Done, RunState]:
@@ -67,9 +77,37 @@ def _record_once(run: Run, kind: EventKind, body: dict[str, object]) -> None:
 
 def link(run: Run, _message: Link) -> tuple[Done, RunState]:
     """One forward pass of all records, without augmentation: fingerprint, label, source, commitment of each."""
-    plan, manifest, pool, model = present(run.plan), present(run.manifest), present(run.pool), present(run.model)
+    fingerprints, labels, lines = _passed(run)
+    if not bool(fingerprints.isfinite().all()):
+        raise IntegrityError(
+            "link.not-finite",
+            "the model's features of a record are not finite numbers",
+            step="link",
+            fix="Train again: the CenterNet, finite itself, overflows. The host may have made it so.",
+        )
+    run.linkage = _store(run, fingerprints, labels, lines)
+    root = merkle_root(sorted(commitment for _, commitment in lines))
+    statement = LinkedModel(
+        run=run.vault.run,
+        model=run.model_digest,
+        records=len(lines),
+        commitments="sha256:" + root.hex(),
+        audit_rate=run.audit_rate,
+        resumes=run.resumes,
+        simulated=run.vault.attester.simulated,
+    )
+    _record_once(
+        run, "link", {"model": run.model_digest, "records": statement.records, "statement": _digest(statement)}
+    )
+    sealed = _suspicion(run, fingerprints, labels, [reference for reference, _ in lines])
+    return Done(signed=run.vault.signing.sign("linked-model", statement), sealed=sealed), RunState.LINKED
+
+
+def _passed(run: Run) -> tuple[Tensor, Tensor, list[Line]]:
+    """Of every record its fingerprint (N, D) and label (N,), where it is, and its commitment."""
+    plan, pool, model = present(run.plan), present(run.pool), present(run.model)
     features, labels = [], []
-    linkage = Linkage(torch.empty(0), torch.empty(0), [], [])
+    lines: list[Line] = []
     # Batches follow the last permutation, so the order of access tells nothing of whose record is where.
     for start in range(0, pool.shape.records, pool.shape.block):
         rows = pool.rows(start, min(start + pool.shape.block, pool.shape.records))
@@ -80,44 +118,32 @@ def link(run: Run, _message: Link) -> tuple[Done, RunState]:
                 x = normalise(x, plan.data, channels_last=plan.training.channels_last)
                 features.append(features_and_logits(model, plan.model, x)[0])
         labels.append(own_labels)
-        for reference, commitment in lineage(rows, manifest):
-            linkage.records.append(reference)
-            linkage.commitments.append(commitment)
+        lines += lineage(rows, present(run.manifest))
         run.door.progress("link", start + len(rows), pool.shape.records)
-    linkage.fingerprints, linkage.labels = torch.cat(features), torch.cat(labels)
-    if not bool(linkage.fingerprints.isfinite().all()):
-        raise IntegrityError(
-            "link.not-finite",
-            "the model's features of a record are not finite numbers",
-            step="link",
-            fix="Train again: the CenterNet, finite itself, overflows. The host may have made it so.",
-        )
-    run.linkage = linkage
-    root = merkle_root(sorted(linkage.commitments))
-    statement = LinkedModel(
-        run=run.vault.run,
-        model=run.model_digest,
-        records=len(linkage.records),
-        commitments="sha256:" + root.hex(),
-        audit_rate=run.audit_rate,
-        resumes=run.resumes,
-        simulated=run.vault.attester.simulated,
-    )
-    _record_once(
-        run, "link", {"model": run.model_digest, "records": statement.records, "statement": _digest(statement)}
-    )
-    return Done(signed=run.vault.signing.sign("linked-model", statement), sealed=_suspicion(run)), RunState.LINKED
+    return torch.cat(features), torch.cat(labels), lines
+
+
+def _store(run: Run, fingerprints: Tensor, labels: Tensor, lines: Sequence[Line]) -> LinkageStore:
+    """Sealed with the host, and read back whole: what it lost shows now, and no question tells by reads what it is."""
+    store = LinkageStore.create(run.door, Place.fresh(run.vault.run))
+    for start in range(0, len(lines), _SEGMENT):
+        here = slice(start, start + _SEGMENT)
+        references, commitments = zip(*lines[here], strict=True)
+        batch = Batch.of(stored(fingerprints[here]), labels[here].tolist(), references, commitments)
+        store.append(batch, model=run.model_digest, time=len(run.chain))
+    store.load(run.model_digest)
+    return store
 
 
 def _digest(statement: LinkedModel) -> str:
     return digest("linked-model/v1", canonical_json(statement))
 
 
-def _suspicion(run: Run) -> dict[str, bytes]:
+def _suspicion(run: Run, fingerprints: Tensor, labels: Tensor, records: Sequence[RecordRef]) -> dict[str, bytes]:
     """Each party's own records, by how much their neighbours' labels disagree with theirs: sealed to that party."""
-    plan, manifest, linkage = present(run.plan), present(run.manifest), present(run.linkage)
-    scores = label_disagreement(linkage.fingerprints, linkage.labels, k=plan.trace.suspicion_neighbours)
-    table = {(r.party, r.shard, r.leaf): round(float(s) * 1000) for r, s in zip(linkage.records, scores, strict=True)}
+    plan, manifest = present(run.plan), present(run.manifest)
+    scores = label_disagreement(fingerprints, labels, k=plan.trace.suspicion_neighbours)
+    table = {(r.party, r.shard, r.leaf): round(float(s) * 1000) for r, s in zip(records, scores, strict=True)}
     sealed: dict[str, bytes] = {}
     for party in manifest.parties:
         own = {

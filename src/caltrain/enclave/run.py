@@ -11,6 +11,7 @@ from torch import Tensor
 
 from caltrain.enclave.audit import Audit
 from caltrain.enclave.door import Door
+from caltrain.enclave.linkage import LinkageStore
 from caltrain.enclave.pool import Pool
 from caltrain.enclave.vault import Vault
 from caltrain.errors import ProtocolError
@@ -19,7 +20,6 @@ from caltrain.models.spec import Partition
 from caltrain.models.wheel import Factory, no_wheel
 from caltrain.plan import Plan, RunManifest
 from caltrain.provenance.chain import Chain, EventKind
-from caltrain.records.commitment import RecordRef
 from caltrain.training.seeds import RunSeeds
 from caltrain.training.zone import Zone
 
@@ -41,16 +41,6 @@ class State(StrEnum):
     RELEASED = "released"
     LINKED = "linked"
     STOPPED = "stopped"
-
-
-@dataclass
-class Linkage:
-    """(F, Y, S, H) of every record: fingerprints (N, D), labels (N,), where each is, its commitment."""
-
-    fingerprints: Tensor
-    labels: Tensor
-    records: list[RecordRef]
-    commitments: list[bytes]
 
 
 @dataclass
@@ -136,7 +126,7 @@ class Run:
     batches: Iterator[Batch] | None = None
     model: Network | None = None
     model_digest: str = ""
-    linkage: Linkage | None = None
+    linkage: LinkageStore | None = None
     spent: dict[str, int] = field(default_factory=dict)
     resuming: Resuming | None = None
     pending: list[tuple[EventKind, dict[str, object]]] = field(default_factory=list)

@@ -170,7 +170,7 @@ def serve_storage(store: Store, call: Read | Write) -> Data | CallFailed:
     try:
         if isinstance(call, Read):
             return Data(store.read(call.name, offset=call.offset, length=call.length))
-        store.write(call.name, call.data, offset=call.offset)
+        store.write(call.name, call.data, offset=call.offset, durable=call.durable)
         return Data()
     except CaltrainError as error:
         return CallFailed(error.diagnostics())

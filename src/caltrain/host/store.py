@@ -73,7 +73,7 @@ class Store:
         """Take the folder, for as long as this process lives: for a new run, or to `resume` the one that lies there.
 
         For a new run, what an earlier one left goes to `earlier/N`, but for the shards, which may serve again, and the
-        pool, whose key is lost. Half uploads go, and half an event.
+        pool and the links, whose keys are lost. Half uploads go, and half an event.
 
         Raises EnvironmentFault `storage.in-use` while another process has the folder.
         """
@@ -147,19 +147,23 @@ class Store:
 
         return max(0, end - offset), pieces()
 
-    def write(self, name: str, data: bytes, *, offset: int) -> None:
-        """Write into a growing object of the enclave's (its pool)."""
+    def write(self, name: str, data: bytes, *, offset: int, durable: bool = False) -> None:
+        """Write into a growing object of the enclave's (its pool). If `durable`, it outlasts a power failure."""
         with _disk(f"write {name}"):
             path = self.path(name)
             path.parent.mkdir(parents=True, exist_ok=True)
             fd = os.open(path, os.O_WRONLY | os.O_CREAT, 0o600)
             try:
                 _write_all(fd, data, offset)
+                if durable:
+                    os.fsync(fd)
             finally:
                 os.close(fd)
+            if durable:
+                _sync_folder(path.parent)
 
     def sync(self) -> None:
-        """Have what the enclave wrote for itself (its pools and checkpoints) outlast a power failure."""
+        """Have what the enclave wrote for itself (its pools, checkpoints and links) outlast a power failure."""
         with _disk("write to disk"):
             for path in self._own_objects():
                 fd = os.open(path, os.O_RDONLY)
@@ -169,7 +173,7 @@ class Store:
                     os.close(fd)
 
     def _own_objects(self) -> Iterator[Path]:
-        for prefix in ("pool", "held-out", "checkpoint"):
+        for prefix in ("pool", "held-out", "checkpoint", "linkage"):
             yield from self.root.glob(f"{prefix}-*")
 
     def put(self, name: str, data: bytes) -> None:

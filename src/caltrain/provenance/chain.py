@@ -73,6 +73,10 @@ class Chain:
         self._last = {event.kind: event.body for event in events}
         self._kinds = [event.kind for event in events]
 
+    def __len__(self) -> int:
+        """Events so far."""
+        return self._length
+
     def count(self, kind: EventKind, *, before: EventKind) -> int:
         """How many events of a kind there are before the first of another kind."""
         end = self._kinds.index(before) if before in self._kinds else None

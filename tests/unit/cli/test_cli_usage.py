@@ -36,6 +36,7 @@ COMMANDS = {
     ("party", "assess"),
     ("bench", "exposure"),
     ("bench", "infer"),
+    ("bench", "trace"),
     ("exposure", "assess"),
     ("exposure", "verify"),
     ("model", "package"),

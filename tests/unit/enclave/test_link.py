@@ -44,21 +44,22 @@ def test_the_link_names_the_model_and_commits_to_every_record() -> None:
     }
 
 
-@pytest.mark.parametrize("small", [False, True], ids=["one block", "small blocks, parts and batches"])
+@pytest.mark.parametrize("small", [False, True], ids=["one block", "small blocks, parts, batches and segments"])
 def test_every_record_is_linked_by_its_own_fingerprint_and_label(small: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if small:  # the last block is a lone row, and there are five parts
         shape = classmethod(lambda cls, records, size: cls(records, size, 2, 6))
         monkeypatch.setattr(pool.PoolShape, "fit", shape)
         monkeypatch.setattr(release, "_LINK_BATCH", 2)
+        monkeypatch.setattr(release, "_SEGMENT", 10)
     world = World().run_to(State.LINKED)
     known = {k.reference: k for k in known_records(world, released_model(world))}
-    linkage = present(world.run.linkage)
-    assert sorted(linkage.records) == sorted(known)
-    for i, reference in enumerate(linkage.records):
+    linked = world.linked()
+    assert sorted(linked) == sorted(known)
+    for reference, (label, commitment, fingerprint) in linked.items():
         expected = known[reference]
-        assert linkage.commitments[i] == expected.commitment
-        assert int(linkage.labels[i]) == expected.label
-        np.testing.assert_allclose(linkage.fingerprints[i].numpy(), expected.fingerprint, atol=1e-5)
+        assert commitment == expected.commitment
+        assert label == expected.label
+        np.testing.assert_allclose(fingerprint.numpy(), expected.fingerprint, atol=3e-4)  # what float16 keeps
 
 
 def test_blocks_and_parts_of_the_pool_do_not_show_in_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,6 +124,22 @@ def test_a_pool_that_is_changed_before_the_link_stops_the_run(position: int) -> 
     world.host.storage["pool-0"][position] ^= 1
     world.refused(m.Link(), "sealed.not-authentic")
     assert world.run.linkage is None
+
+
+@pytest.mark.parametrize("name", ["linkage-0-0", "linkage-0-0-rows"])
+def test_a_host_that_loses_the_links_while_they_are_written_is_noticed_at_once(name: str) -> None:
+    world = World().run_to(State.RELEASED)
+
+    def forget(call: m.Write) -> m.Answer:
+        return m.Data() if call.name == name else world.host.write(call)
+
+    world.host.on_write = forget
+    reply = world.send(m.Link())
+    if name.endswith("-rows"):
+        assert isinstance(reply, m.Failed)
+        assert reply.error["code"] == "linkage.missing"
+    else:  # what it said is durable is not: the next enclave would notice, this one has what it needs
+        assert isinstance(reply, m.Done)
 
 
 def test_progress_of_the_link_is_told_up_to_all_records() -> None:

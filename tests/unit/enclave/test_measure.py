@@ -77,9 +77,9 @@ def test_held_out_records_are_neither_linked_nor_traced(head: int) -> None:
     world = World(head=head, held_out=2).run_to(State.LINKED)
     held = {s.header.shard for p in world.parties.values() for s in p.shards if s.entry.held_out}
     assert len(held) == 2
-    linkage = present(world.run.linkage)
-    assert len(linkage.records) == 19
-    assert not held & {reference.shard for reference in linkage.records}
+    linked = world.linked()
+    assert len(linked) == 19
+    assert not held & {reference.shard for reference in linked}
     asked = world.question("trace", pictures(4, seed=0))
     answers = asked.open(world.done(m.Query("una", asked.envelope)).sealed["una"])
     key = world.run.vault.signing.public

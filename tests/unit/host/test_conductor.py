@@ -148,7 +148,7 @@ def test_a_run_leaves_what_parties_and_auditors_need(site: Site) -> None:
     site.wait("linked").awaits("model users")
     names = site.world.parties
     kept = tree(site.store.root)
-    assert {name for name in kept if not name.startswith(("pool-", "shards/"))} == {
+    assert {name for name in kept if not name.startswith(("pool-", "linkage-", "shards/"))} == {
         *("log.jsonl", "center-state", "center-at-1-0", "center-at-2-0", "checkpoint-0", "checkpoint-1"),
         *("plan.json", "manifest.json", "center", "release.json", "suspicion.json", "chain.jsonl", "enclave.log"),
         *(f"{what}/{name}" for what in ("release", "suspicion") for name in names),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -31,6 +32,18 @@ def fail(*_: object, number: int = errno.EIO) -> int:
 def no_space(*_: object) -> int:
     """What the kernel answers on a full disk."""
     return fail(number=errno.ENOSPC)
+
+
+def test_a_durable_write_is_on_the_disk_with_its_name_before_it_is_answered(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[bool] = []  # whether it was a folder
+    monkeypatch.setattr(os, "fsync", lambda fd: synced.append(stat.S_ISDIR(os.fstat(fd).st_mode)))
+    store.write("linkage-0-0", b"ab", offset=0)
+    assert synced == []
+    store.write("linkage-0-0", b"cd", offset=2, durable=True)
+    assert synced == [False, True]
+    assert store.read_whole("linkage-0-0") == b"abcd"
 
 
 @pytest.mark.parametrize("name", ["../outside", "a/../../outside", "/etc/outside", "shards/../../outside", ".."])
@@ -187,7 +200,7 @@ def renewed_elsewhere(folder: Path) -> None:
 def test_a_new_run_finds_the_shards_and_nothing_else_of_an_earlier_one(tmp_path: Path) -> None:
     for number in range(2):
         renewed_elsewhere(tmp_path)
-        lost = ("pool-0", "pool-cells", "held-out-0", "checkpoint-0", "checkpoint-1")
+        lost = ("pool-0", "pool-cells", "held-out-0", "checkpoint-0", "checkpoint-1", "linkage-0-0", "linkage-0-0-rows")
         for name in (*LEFT, "shards/alpha/01", "incoming/half", *lost):
             Store(tmp_path).put(name, b"%d" % number)
     renewed_elsewhere(tmp_path)
