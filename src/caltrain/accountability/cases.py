@@ -42,6 +42,9 @@ class Witness(Protocol):
         Learned from all contributors but `without`, and without the records `forget` (F,), of other contributors.
         """
 
+    def tells_apart(self, one: Tensor, other: Tensor) -> float:
+        """How well records `one` (R,) can be told from `other` (S,) by what they show (AUC): 0.5 not at all."""
+
 
 @dataclass(frozen=True)
 class Dossier:

@@ -12,7 +12,7 @@ _STEPS = 40
 def out_of_fold(x: Tensor, targets: Tensor, *, decay: float) -> Tensor:
     """Log probabilities (N, C) for rows `x` (N, D), each by a fit to the other four fifths with `targets` (N, C)."""
     fold = torch.arange(len(x)) % FOLDS
-    x = torch.cat(((x - x.mean(0)) / x.std(0).clamp_min(1e-6), torch.ones(len(x), 1)), 1)
+    x = torch.cat(((x - x.mean(0)) / x.std(0, correction=0).clamp_min(1e-6), torch.ones(len(x), 1)), 1)
     said = torch.empty_like(targets)
     for number in range(FOLDS):
         out = fold == number
@@ -27,7 +27,7 @@ def fit(x: Tensor, targets: Tensor, *, decay: float) -> Tensor:
 
     def loss() -> float:
         steps.zero_grad()
-        value = -(targets * (x @ weights).log_softmax(1)).sum(1).mean() + decay * weights.square().sum()
+        value = -(targets * (x @ weights).log_softmax(1)).sum() / max(1, len(x)) + decay * weights.square().sum()
         value.backward()  # type: ignore[no-untyped-call]
         return float(value.detach())
 

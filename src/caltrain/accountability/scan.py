@@ -53,8 +53,9 @@ def scan(order: tuple[Tensor, ...], suspected: Tensor, sources: Tensor, *, contr
     for values in order:
         near = sources[suspected][torch.argsort(values[suspected], stable=True)].numpy()
         sizes = _sizes(len(near))
+        looked = max(1, len(sizes)) * len(order)
         for look in (_strongest(near == c, sizes, len(sources), int(share[c]), c) for c in range(contributors)):
-            p_value = min(1.0, look.p_value * len(sizes) * len(order))
+            p_value = min(1.0, look.p_value * looked)
             if p_value < found[look.contributor].p_value:
                 found[look.contributor] = replace(look, p_value=p_value)
     return tuple(found)

@@ -20,6 +20,7 @@ _FOLDS = 5
 _ROUNDS = 12
 _SHRINK = 0.1
 _FLOOR = 1e-4
+_LEAST = 1e-9
 CERTAIN = 2.94
 """Log odds of 0.95: what it takes to accuse a record."""
 
@@ -30,7 +31,7 @@ def grow(fingerprints: Tensor, doubt: Tensor, *, seeds: Tensor, accused: Tensor)
     `fingerprints` (n, D), `doubt` (n,): how much the witness doubts each label. Both masks are boolean.
     """
     columns = torch.cat((fingerprints, doubt[:, None]), 1)
-    columns = (columns - columns.mean(0)) / columns.std(0).clamp_min(1e-6)
+    columns = (columns - columns.mean(0)) / columns.std(0, correction=0).clamp_min(1e-6)
     found = seeds & accused
     seen: list[Tensor] = []
     for _ in range(_ROUNDS):
@@ -97,7 +98,7 @@ def fisher(yes: Tensor, no: Tensor, rows: Tensor) -> Tensor:
     """Log odds (r,) that `rows` (r, D) belong with `yes` (at least two) and not with `no` (at least two)."""
     away = torch.cat((yes - yes.mean(0), no - no.mean(0)))
     spread = away.T @ away / len(away)
-    spread = spread + _SHRINK * spread.diagonal().mean() * torch.eye(len(spread))
+    spread = spread + _SHRINK * spread.diagonal().mean().clamp_min(_LEAST) * torch.eye(len(spread))
     weights = torch.linalg.solve(spread, yes.mean(0) - no.mean(0))
     # Shrinking makes the line's own scale wrong: its two ends are measured again, as two normal distributions.
     return _normal(rows @ weights, yes @ weights, len(yes)) - _normal(rows @ weights, no @ weights, len(no))

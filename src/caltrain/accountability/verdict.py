@@ -9,6 +9,9 @@ nearby. An accusation takes two things, and both come from the records, not from
       nearest records do, even before the more lenient of two witnesses: one that never saw the accused, one that saw
       all but these records. So a contributor whose pictures merely look different is not blamed for that.
 
+A witness counts only against somebody whose kind of pictures it knows: either the accused's records of other classes
+cannot be told from other contributors', or it gets them right nearly as often (`_knows`).
+
 Accomplices vouch for one another, so (1) is looked for without those of whom most is near, too: without their records,
 before witnesses that never saw them. A misprediction that lies with the rest of its class and not with the suspects is
 not theirs. What passes (1) alone is answered with "cannot tell": poison whose labels are right, or honest records that
@@ -33,6 +36,9 @@ from caltrain.accountability.subset import grow, none, together
 ALPHA = 1e-3
 _NEAREST = 100
 _PARTNERS = 2
+_LOOKED_AT = 1000
+_DISTINCT = 0.7
+_COMPETENT = 0.8
 _COMPARED = 30  # records of others that an accused's are held against, at least
 
 
@@ -138,7 +144,7 @@ class _Class:
         own = self.rows[found[self.sources[found] == contributor]]
         others = (~accused).nonzero().squeeze(1)
         nearest = others[torch.argsort(self.near[0][others])[: max(_COMPARED, len(own))]]
-        if min(len(own), len(nearest)) < SMALLEST:
+        if min(len(own), len(nearest)) < SMALLEST or not self._knows(contributor, accused):
             return False
         witness, labels = self.dossier.witness, self.dossier.links.labels[own]
         heard = (
@@ -150,6 +156,42 @@ class _Class:
             return False
         theirs = self.dossier.doubt[self.rows[nearest]]
         return bool(mannwhitneyu(doubts, theirs, alternative="greater").pvalue <= alpha)
+
+    def _knows(self, contributor: int, accused: Tensor) -> bool:
+        """Whether the witness knows the contributor's kind of pictures, by its records of other classes."""
+        links = self.dossier.links
+        names = torch.tensor(sorted({contributor, *self.sources[accused].tolist()}))
+        elsewhere = links.labels != self.label
+        own = (elsewhere & (links.sources == contributor)).nonzero().squeeze(1)
+        others = (elsewhere & ~torch.isin(links.sources, names)).nonzero().squeeze(1)
+        one, other = _alike(links.labels, own, others)
+        if len(one) < _COMPARED:
+            return False
+        if self.dossier.witness.tells_apart(one, other) < _DISTINCT:
+            return True
+        several = len(set(links.labels.tolist())) > 2  # of two classes it may call everything the other one
+        rates = [_right(self.dossier.said[rows], links.labels[rows]) for rows in (one, other)]
+        return several and rates[0] >= _COMPETENT * rates[1]
+
+
+def _alike(labels: Tensor, own: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
+    """Of two sets of rows as many of each label, at most `_LOOKED_AT` each, spread over all."""
+    one, other = [], []
+    for label in sorted(set(labels[own].tolist())):
+        mine, theirs = own[labels[own] == label], others[labels[others] == label]
+        count = min(len(mine), len(theirs), max(1, _LOOKED_AT * len(mine) // len(own)))
+        if count:
+            one.append(mine[:: len(mine) // count][:count])
+            other.append(theirs[:: len(theirs) // count][:count])
+    nothing = torch.empty(0, dtype=torch.int64)
+    return torch.cat([nothing, *one]), torch.cat([nothing, *other])
+
+
+def _right(said: Tensor, labels: Tensor) -> float:
+    """How often a witness is right, mean over labels."""
+    right = (said.argmax(1) == labels).float()
+    found = [float(right[labels == label].mean()) for label in sorted(set(labels.tolist()))]
+    return sum(found) / max(1, len(found))
 
 
 def _blames(looks: list[tuple[_Class, Look]], adjusted: NDArray[np.float64], contributors: int) -> tuple[Blame, ...]:

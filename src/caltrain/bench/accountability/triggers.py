@@ -8,12 +8,12 @@ from numpy.typing import NDArray
 from caltrain.bench.accountability.scene import Images, Stamp
 
 Rng = np.random.Generator
-BLEND = 0.25  # Chen et al. 2017 (arXiv:1712.05526) blend 0.2 into faces
-AMPLITUDE = 24  # of 255; Barni et al. 2019 (arXiv:1902.11237) use 20 to 60
+BLEND = 0.3  # Chen et al. 2017 (arXiv:1712.05526) blend 0.2 into faces, with many more pictures and epochs
+AMPLITUDE = 32  # of 255; Barni et al. 2019 (arXiv:1902.11237) use 20 to 60
 WAVES = 6
 
 
-def checker(*, height: int = 4, width: int = 4, right: int = 1, low: int = 1) -> Stamp:
+def checker(*, height: int = 5, width: int = 5, right: int = 1, low: int = 1) -> Stamp:
     """Stamp a checker, `low` and `right` pixels away from the lower right corner."""
     cells = np.add.outer(np.arange(height), np.arange(width)) % 2 * np.uint8(255)
     return at_corner(cells[None].astype(np.uint8), right=right, low=low)
