@@ -54,7 +54,7 @@ def read_trials(path: Path) -> Trials:
     clean, labels, triggered = read_arrays(path, _NAMES)
     if labels.ndim != 1 or labels.dtype.kind not in "iu":
         raise _unfit(f"labels of {labels.shape} {labels.dtype}, not one integer a record")
-    if clean.shape != triggered.shape or clean.dtype != triggered.dtype or len(clean) != len(labels) or not len(clean):
+    if clean.shape != triggered.shape or clean.dtype != triggered.dtype or len(clean) != len(labels):
         raise _unfit(
             f"{clean.shape} {clean.dtype} clean, {triggered.shape} {triggered.dtype} triggered, {labels.shape}"
         )
@@ -65,7 +65,7 @@ def figures_of(subject: Subject, trials: Trials, *, target: int) -> Figures:
     """Both shares of one model. Raises DataError `compare.inputs`."""
     others = trials.labels != target
     if not others.any():
-        raise _unfit("all test records are of the target class: no attack can be seen to succeed")
+        raise _unfit("no test record is of another class than the target: no attack can be seen to succeed")
     right = _predicted(subject, trials.clean) == trials.labels
     fooled = _predicted(subject, trials.triggered[others]) == target
     return Figures(accuracy=float(right.mean()), attack_success=float(fooled.mean()))

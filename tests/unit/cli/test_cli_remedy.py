@@ -384,11 +384,11 @@ def test_a_run_of_a_party_is_compared_with_itself(run: Path, tmp_path: Path, cli
 
 CLEAN = np.zeros((4, 1, 10, 10), np.uint8)
 UNFIT: dict[str, dict[str, Any]] = {
-    "fewer labels": {"clean": CLEAN, "triggered": CLEAN, "labels": np.zeros(3, np.int64)},
-    "labels of two numbers": {"clean": CLEAN, "triggered": CLEAN, "labels": np.zeros((4, 2), np.int64)},
-    "labels that are no numbers of classes": {"clean": CLEAN, "triggered": CLEAN, "labels": np.zeros(4, np.float32)},
-    "fewer triggered": {"clean": CLEAN, "triggered": CLEAN[:3], "labels": np.zeros(4, np.int64)},
-    "triggered of another type": {"clean": CLEAN, "triggered": CLEAN.astype("<f4"), "labels": np.zeros(4, np.int64)},
+    "fewer labels": {"clean": CLEAN, "triggered": CLEAN, "labels": np.ones(3, np.int64)},
+    "labels of two numbers": {"clean": CLEAN, "triggered": CLEAN, "labels": np.ones((4, 2), np.int64)},
+    "labels that are no numbers of classes": {"clean": CLEAN, "triggered": CLEAN, "labels": np.ones(4, np.float32)},
+    "fewer triggered": {"clean": CLEAN, "triggered": CLEAN[:3], "labels": np.ones(4, np.int64)},
+    "triggered of another type": {"clean": CLEAN, "triggered": CLEAN.astype("<f4"), "labels": np.ones(4, np.int64)},
     "none": {"clean": CLEAN[:0], "triggered": CLEAN[:0], "labels": np.zeros(0, np.int64)},
     "of another shape": {"clean": CLEAN[:, :, 1:], "triggered": CLEAN[:, :, 1:], "labels": np.ones(4, np.int64)},
     "of another type": {

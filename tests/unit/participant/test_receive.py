@@ -74,17 +74,19 @@ def a_repair() -> World:
     return repaired().run_to(State.LINKED)
 
 
-@pytest.mark.parametrize(("name", "kind"), [("release.json", "model"), ("suspicion.json", "linked-model")])
-def test_release_and_link_must_say_of_the_repair_what_the_plan_says(name: str, kind: str, tmp_path: Path) -> None:
-    type_ = ModelStatement if kind == "model" else LinkedModel
+@pytest.mark.parametrize("edited", [{"model"}, {"linked-model"}, {"model", "linked-model"}])
+def test_release_and_link_must_say_of_the_repair_what_the_plan_says(edited: set[str], tmp_path: Path) -> None:
     first, second = (Receiving(world, tmp_path / str(i)) for i, world in enumerate((finished_world(), a_repair())))
     repair = second.world.plan.repair or None
     assert repair
+    first.receive()
     second.receive()
+    kinds = {"model": ("release.json", ModelStatement), "linked-model": ("suspicion.json", LinkedModel)}
     for party, said in ((first, repair), (second, None), (second, msgspec.structs.replace(repair, records=3))):
-        honest = party.world.statement(kind, type_)
-        edit = party.signed(kind, msgspec.structs.replace(honest, repair=said))
-        party.host.edit = {ARTIFACTS + name: edit}
+        for kind in edited:
+            name, type_ = kinds[kind]
+            honest = party.world.statement(kind, type_)
+            party.host.edit[ARTIFACTS + name] = party.signed(kind, msgspec.structs.replace(honest, repair=said))
         with refused(IntegrityError, "release.mismatch") as caught:
             party.receive()
         assert "repair" in caught.value.what
