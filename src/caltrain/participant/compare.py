@@ -54,10 +54,8 @@ def read_trials(path: Path) -> Trials:
     clean, labels, triggered = read_arrays(path, _NAMES)
     if labels.ndim != 1 or labels.dtype.kind not in "iu":
         raise _unfit(f"labels of {labels.shape} {labels.dtype}, not one integer a record")
-    if clean.shape != triggered.shape or clean.dtype != triggered.dtype or len(clean) != len(labels):
-        raise _unfit(
-            f"{clean.shape} {clean.dtype} clean, {triggered.shape} {triggered.dtype} triggered, {labels.shape}"
-        )
+    if clean.shape != triggered.shape or len(clean) != len(labels):
+        raise _unfit(f"{clean.shape} clean, {triggered.shape} triggered, {labels.shape} labels")
     return Trials(clean, labels.astype(np.int64), triggered)
 
 

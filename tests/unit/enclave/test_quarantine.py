@@ -17,9 +17,10 @@ from caltrain.errors import EnvironmentFault
 from caltrain.models.weights import model_digest
 from caltrain.plan import Plan
 from caltrain.provenance.statements import LinkedModel, ModelStatement
-from caltrain.records.quarantine import Quarantine, Quarantined
+from caltrain.records.quarantine import FormerParty, Quarantine, Quarantined
 from caltrain.records.schema import encode_record
 from caltrain.training.spec import CenterSpec
+from support.members import Member
 from support.oracle import released_model, released_part
 from support.repairs import FEW, REPLACED, RUN, Place, entry, leave_out, quarantine_of, repaired
 from support.watched import Watched
@@ -98,6 +99,15 @@ def test_a_first_run_says_that_nothing_was_left_out() -> None:
     assert "repair" not in [event.kind for event in world.chain()]
     asked = [call.message.name for call in world.host.log if isinstance(call.message, m.Read)]
     assert "quarantine" not in asked
+
+
+def test_a_repair_may_leave_out_a_party_and_no_record_of_the_others() -> None:
+    world, former = World(), FormerParty(name="delta", public_key=Member("delta").signer.public)
+    leave_out(world, quarantine_of(world, []), without=(former,))
+    world.run_to(State.LINKED)
+    said = world.statement("linked-model", LinkedModel)
+    assert (said.records, said.repair.records, said.repair.without) == (27, 0, (former,))
+    assert world.chain()[-1].kind == "link"
 
 
 def test_a_party_learns_no_suspicion_of_what_was_left_out() -> None:
