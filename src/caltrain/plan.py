@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import tomllib
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Container, Iterable, Iterator
 from typing import Annotated, Literal, TypeVar
 
 import msgspec
+from msgspec import UNSET, UnsetType
 
 from caltrain.crypto import dsse
 from caltrain.crypto.digests import Digest, canonical_json, digest
@@ -19,7 +20,8 @@ from caltrain.crypto.hpke import HpkePublicKey
 from caltrain.errors import UNDECODABLE, AccessError, ConfigError, IntegrityError
 from caltrain.exposure.policy import Policy, check_policy
 from caltrain.models.spec import Cut, ModelSpec, Partition, check_model, inner_weights
-from caltrain.records.commitment import PartyName, ShardId
+from caltrain.records.commitment import PartyName, RecordRef, ShardId
+from caltrain.records.quarantine import Repair
 from caltrain.records.schema import DataSchema, check_schema
 from caltrain.records.shard import MAX_SHARD_RECORDS
 from caltrain.training.augment import check_augment
@@ -103,6 +105,8 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     trace: TraceSpec = TraceSpec()
     exposure: ExposureSpec | None = None
     release: ReleaseSpec = ReleaseSpec()
+    repair: Repair | UnsetType = UNSET
+    """What this run leaves out of an earlier one. Unset, it is in no digest: such plans have the digest they had."""
 
     def digest(self) -> str:
         """Digest of the parsed structure, never of the TOML text."""
@@ -160,8 +164,19 @@ class RunManifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
         return digest("run-manifest/v1", canonical_json(self))
 
     def records(self, *, held_out: bool = False) -> int:
-        """Number of records over all parties: those trained on, or those held out."""
+        """Number of records over all parties: those to train on (less what a repair leaves out), or those held out."""
         return sum(s.records for party in self.parties for s in party.shards if s.held_out == held_out)
+
+    def trained(self, plan: Plan) -> int:
+        """Number of records that are trained on, under the plan of this run."""
+        return self.records() - (plan.repair.records if plan.repair else 0)
+
+    def references(self, *, without: Container[RecordRef] = ()) -> Iterator[RecordRef]:
+        """Every record to train on, in the order in which the plain loop takes them, but those left out."""
+        for party in self.parties:
+            for shard in party.shards:
+                everything = (RecordRef(party.name, shard.shard, leaf) for leaf in range(shard.records))
+                yield from (ref for ref in everything if not shard.held_out and ref not in without)
 
 
 class CutApproval(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -234,6 +249,7 @@ def check_plan(plan: Plan) -> Plan:
     check_augment(plan.training.augment, plan.data.shape, plan.model.size)
     _check_center(plan)
     _check_cut_policy(plan)
+    _check_repair(plan)
     people: list[Party | User] = [*plan.parties, *plan.users]
     for kind, values in (("name", [p.name for p in people]), ("public_key", [p.public_key for p in people])):
         repeated = [value for value, count in Counter(values).items() if count > 1]
@@ -296,6 +312,26 @@ def _check_cut_policy(plan: Plan) -> None:
                 step="check plan",
                 fix="Change that part of [exposure.policy], or what it needs.",
             )
+
+
+def _check_repair(plan: Plan) -> None:
+    if not plan.repair:
+        return
+    if not plan.repair.records and not plan.repair.without:
+        raise _bad_repair("it leaves out neither a record nor a party")
+    former = {value for party in plan.repair.without for value in (party.name, party.public_key)}
+    back = [party.name for party in plan.parties if {party.name, party.public_key} & former]
+    if back:
+        raise _bad_repair(f"{back[0]} is left out, and takes part, by its name or by its key")
+
+
+def _bad_repair(what: str) -> ConfigError:
+    return ConfigError(
+        "plan.repair",
+        f"the repair contradicts itself: {what}",
+        step="check plan",
+        fix="Have `caltrain remedy plan` write it again.",
+    )
 
 
 def _named(entries: Iterable[T], name: str, kind: Literal["party", "user"]) -> T:

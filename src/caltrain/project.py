@@ -88,12 +88,13 @@ def create_project(
         )
         policy = Policy(measurements=(measurement,), allow_simulated=True, simulated_roots=(operator.signer.public,))
         project = Project(folder, check_plan(plan), policy, operator, own, asking)
-        write_whole(project.plan_path, _toml(plan))
-        write_whole(project.policy_path, _toml(policy))
+        write_whole(project.plan_path, to_toml(plan))
+        write_whole(project.policy_path, to_toml(policy))
     return project
 
 
-def _toml(value: Plan | Policy) -> bytes:
+def to_toml(value: Plan | Policy) -> bytes:
+    """A plan or policy as people read it."""
     return msgspec.toml.encode(_without_nothing(msgspec.to_builtins(value)))
 
 

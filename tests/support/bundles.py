@@ -20,9 +20,14 @@ from support.world import World, pictures
 def traced_world() -> tuple[World, TraceBundle]:
     """A linked run, and a bundle for one trace by the user `una`, without disclosures."""
     world = World(epochs=1).run_to(State.LINKED)
+    return world, bundle_of(world)
+
+
+def bundle_of(world: World) -> TraceBundle:
+    """A bundle for one trace of a linked run, by the user `una`, without disclosures."""
     asked = world.question("trace", pictures(1, seed=99))
     trace = asked.open(world.done(m.Query("una", asked.envelope)).sealed["una"]).traces[0]
-    bundle = TraceBundle(
+    return TraceBundle(
         plan=world.plan,
         manifest=world.run.vault.signing.sign("run-manifest", world.manifest),
         countersignatures={name: party.countersign(world.manifest) for name, party in world.parties.items()},
@@ -30,7 +35,6 @@ def traced_world() -> tuple[World, TraceBundle]:
         trace=trace,
         chain=tuple(world.events),
     )
-    return world, bundle
 
 
 def statement_of(bundle: TraceBundle) -> TraceStatement:

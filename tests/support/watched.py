@@ -26,6 +26,7 @@ from caltrain.models.spec import Partition
 from caltrain.plan import CutApproval, ExposureSpec, Plan
 from caltrain.training.spec import CenterSpec
 from support.members import Pixels
+from support.repairs import leave_out, quarantine_of
 from support.tiny import pictures
 from support.world import World
 
@@ -215,6 +216,15 @@ def _live(world: Watched) -> Watched:
     commitment = to_text(party.shards[0].commitment(0))
     if not party.shards[0].entry.held_out:
         world.done(m.RecordDisclosure("alpha", party.note(run=world.run.vault.run, commitment=commitment)))
+    return world
+
+
+@cache
+def repair(head: int) -> Watched:
+    """A run that leaves out records of an earlier one, up to its first step."""
+    world = Watched(head=head)
+    leave_out(world, quarantine_of(world))
+    world.run_to(State.READY)
     return world
 
 

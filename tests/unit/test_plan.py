@@ -238,6 +238,48 @@ def test_a_deepening_cut_is_in_the_digest() -> None:
     assert len(digests | {plan(training=longer).digest()}) == 4
 
 
+REPAIR: dict[str, Any] = {
+    "run": "ab" * 16,
+    "model": "sha256:" + "1" * 64,
+    "quarantine": "sha256:" + "2" * 64,
+    "records": 3,
+    "without": [{"name": "gamma", "public_key": signer("gamma").public}],
+}
+
+
+def test_a_repair_is_in_the_digest_and_none_is_not() -> None:
+    """A plan without one has the digest that it had before there were repairs: `test_known_digest`."""
+    assert "repair" not in msgspec.to_builtins(SMALL)
+    former = {"name": "delta", "public_key": signer("delta").public}
+    others = {"run": "cd" * 16, "model": "sha256:" + "3" * 64, "quarantine": "sha256:" + "3" * 64, "records": 4}
+    changed = [plan(repair=REPAIR | {key: value}).digest() for key, value in (others | {"without": [former]}).items()]
+    assert len({DIGEST, plan(repair=REPAIR).digest(), *changed}) == 7
+    assert plan_from_json(canonical_json(plan(repair=REPAIR))).repair == plan(repair=REPAIR).repair
+
+
+def test_a_repair_leaves_something_out() -> None:
+    plan(repair=REPAIR | {"records": 0})
+    plan(repair=REPAIR | {"without": []})
+    with refused(ConfigError, "plan.repair"):
+        parse_plan(toml(PLAN | {"repair": REPAIR | {"records": 0, "without": []}}))
+
+
+@pytest.mark.parametrize("back", [{"name": "alpha"}, {"public_key": signer("beta").public}])
+def test_a_party_that_was_left_out_does_not_come_back(back: dict[str, str]) -> None:
+    former = {"name": "gamma", "public_key": signer("gamma").public} | back
+    with refused(ConfigError, "plan.repair"):
+        parse_plan(toml(PLAN | {"repair": REPAIR | {"without": [former]}}))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"run": "x"}, {"model": "1"}, {"records": -1}, {"records": (1 << 20) + 1}, {"without": ["gamma"]}, {"more": 1}],
+)
+def test_what_is_no_repair_is_refused(wrong: dict[str, Any]) -> None:
+    with refused(ConfigError, "plan.unknown-key" if "more" in wrong else "plan.invalid"):
+        parse_plan(toml(PLAN | {"repair": REPAIR | wrong}))
+
+
 def test_the_order_of_lists_is_in_the_digest() -> None:
     assert plan(parties=PLAN["parties"][::-1]).digest() != DIGEST
     assert plan(data=PLAN["data"] | {"classes": ["dog", "cat", "owl"]}).digest() != DIGEST

@@ -3,9 +3,9 @@
 The trust anchor is the plan's digest, which the auditor knows from elsewhere (each party can tell it). From there:
   (1) the bundle's plan has that digest, so its keys are the parties' keys;
   (2) every party countersigned the manifest, so its enclave keys and shard roots are what all of them verified;
-  (3) the manifest and the linked model are signed by that enclave;
+  (3) the manifest and the linked model are signed by that enclave, which says of a repair what the plan says;
   (4) the trace is signed by it, and is of the linked model;
-  (5) the chain is whole, signed, holds plan, manifest and link, and reaches to where the trace was asked for;
+  (5) the chain is whole, signed, holds plan, manifest, repair and link, and reaches to where the trace was asked for;
   (6) each disclosure is signed by its contributor, names a record of the trace, hashes to its commitment, and is in
       the shard whose root the manifest holds.
 It does not show that the enclave was genuine: that is what the parties verified before they countersigned.
@@ -28,6 +28,7 @@ from caltrain.provenance.chain import MAX_EVENTS, Event, verify_chain
 from caltrain.provenance.statements import LinkedModel
 from caltrain.records.commitment import PartyName, RecordRef
 from caltrain.records.disclosure import Disclosure, check_disclosure
+from caltrain.records.quarantine import Repair
 
 MAX_BUNDLE_BYTES = 256 << 20
 
@@ -62,6 +63,8 @@ class Verified(msgspec.Struct, frozen=True, kw_only=True):
     resumes: int = 0
     front_public: bool = False
     """Training began from public weights (by the plan), so the FrontNet is no secret."""
+    repair: Repair | None = None
+    """Which model this one replaces, and the list of records that it was trained without; see `left_out`."""
 
 
 def read_bundle(path: Path) -> TraceBundle:
@@ -90,6 +93,8 @@ def verify_bundle(bundle: TraceBundle, *, plan_digest: str, head: str | None = N
     trace = open_envelope(bundle.trace, "trace", key, TraceStatement, step="verify trace")
     if not linked.run == trace.run == manifest.run or trace.model != linked.model:  # (4)
         raise _refuse("bundle.other-model", "trace, link and manifest are not of one run and model")
+    if linked.repair != (plan.repair or None):
+        raise _refuse("bundle.other-repair", "the enclave does not say of the repair what the plan says")
     events = verify_chain(bundle.chain, run=manifest.run, signing_key=key, head=head)  # (5)
     _check_events(events, plan=plan, manifest=manifest, model=linked.model)
     if trace.head not in {event.digest() for event in events}:
@@ -109,6 +114,7 @@ def verify_bundle(bundle: TraceBundle, *, plan_digest: str, head: str | None = N
         audit_rate=linked.audit_rate,
         resumes=linked.resumes,
         front_public=plan.training.initial is not None,
+        repair=linked.repair,
     )
 
 
@@ -131,11 +137,10 @@ def _manifest(bundle: TraceBundle, plan: Plan) -> RunManifest:
 
 
 def _check_events(events: tuple[Event, ...], *, plan: Plan, manifest: RunManifest, model: str) -> None:
-    for kind, key, value in (
-        ("plan", "plan", plan.digest()),
-        ("manifest", "manifest", manifest.digest()),
-        ("link", "model", model),
-    ):
+    due = [("plan", "plan", plan.digest()), ("manifest", "manifest", manifest.digest()), ("link", "model", model)]
+    if plan.repair:
+        due.append(("repair", "quarantine", plan.repair.quarantine))
+    for kind, key, value in due:
         if not any(event.kind == kind and event.body.get(key) == value for event in events):
             raise _refuse("bundle.not-in-chain", f"the chain has no event {kind} for {value}")
 

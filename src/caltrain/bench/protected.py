@@ -111,7 +111,7 @@ class ProtectedRun:
         approval = ManifestApproval(manifest=manifest.digest(), party=PARTY)
         ask(m.Countersign(PARTY, self._sign("manifest-approval", approval)))
         done = ask(m.Ingest(self.store.shards()))
-        center = Counted(Center(plan, seed=done.center_seed, records=manifest.records(), device=device))
+        center = Counted(Center(plan, seed=done.center_seed, records=manifest.trained(plan), device=device))
         self.enclave.center = center
         return center
 

@@ -25,6 +25,7 @@ from caltrain.records.commitment import PartyName, RecordRef, ShardId
 
 MAX_SEALED = 48 << 20
 MAX_QUESTIONS = 1024
+LEFT_OUT = 0xFFFF
 Key = Annotated[bytes, msgspec.Meta(min_length=KEY_BYTES, max_length=KEY_BYTES)]
 SealedKind = Literal["provision", "rejoin", "query", "grant", "session"]
 T = TypeVar("T")
@@ -118,15 +119,17 @@ class ReleasedPart(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
 class SuspicionReport(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Label disagreement of a party's own records after the link pass, in steps of 1/1000.
 
-    Two bytes a record (little endian), so that the size of the sealed report does not tell how many are suspicious.
+    Two bytes a record (little endian), so that the size of the sealed report does not tell how many are suspicious;
+    `LEFT_OUT` for a record in quarantine, which was not linked.
     """
 
     model: Digest
     scores: dict[ShardId, bytes]
 
-    def of(self, shard: str) -> tuple[int, ...]:
-        """Scores of a shard's records, by leaf."""
-        return struct.unpack(f"<{len(self.scores[shard]) // 2}H", self.scores[shard])
+    def of(self, shard: str) -> tuple[int | None, ...]:
+        """Scores of a shard's records, by leaf; None for one in quarantine."""
+        scores = struct.unpack(f"<{len(self.scores[shard]) // 2}H", self.scores[shard])
+        return tuple(None if score == LEFT_OUT else score for score in scores)
 
 
 class DisclosureNote(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from caltrain.auditor.bundle import MAX_BUNDLE_BYTES, read_bundle, verify_bundle
 from caltrain.auditor.collect import collect_bundle
+from caltrain.auditor.left_out import check_left_out
 from caltrain.cli.files import read_inputs, read_plan, read_policy, write_json
 from caltrain.cli.output import Format, FormatOption, choose, emit, say, say_simulated
 from caltrain.client.ask import Answered, ask
@@ -23,6 +24,7 @@ from caltrain.files import read_bounded
 from caltrain.host_client import HostClient
 from caltrain.participant.identity import load_identity
 from caltrain.plan import Plan, Right
+from caltrain.records.quarantine import MAX_QUARANTINE_BYTES
 from caltrain.reports.terminal import center_note
 
 InputsArgument = Annotated[Path, typer.Argument(help=".npy of the plan's shape: (N, C, H, W) or (C, H, W)")]
@@ -78,6 +80,10 @@ def verify(
     plan_digest: Annotated[str, typer.Option(help="the digest of the plan, from a party that you trust to know it")],
     disclosures: Annotated[list[Path], typer.Option(help="files of disclosures to add")] = [],  # noqa: B006
     head: Annotated[str, typer.Option(help="a head of the chain that a party kept")] = "",
+    quarantine: Annotated[Path | None, typer.Option(help="the list of records that a repair left out")] = None,
+    left_out: Annotated[
+        list[str], typer.Option(help="with --quarantine: the commitment of a record that must be in it; repeat")
+    ] = [],  # noqa: B006
     format_: FormatOption = Format.TEXT,
 ) -> None:
     """Check a trace bundle and its disclosures, offline."""
@@ -86,11 +92,19 @@ def verify(
     added = [envelope for path in disclosures for envelope in _disclosures(path)]
     found = msgspec.structs.replace(found, disclosures=(*found.disclosures, *added))
     verified = verify_bundle(found, plan_digest=plan_digest, head=head or None)
+    if left_out and quarantine is None:
+        raise missing("--left-out needs the list itself: --quarantine FILE")
+    if quarantine is not None:
+        check_left_out(verified, read_bounded(quarantine, limit=MAX_QUARANTINE_BYTES), commitments=left_out)
     if verified.simulated:
         say_simulated()
     say(center_note(verified.audit_rate, verified.resumes))
     if verified.front_public:
         say("training began from public weights: the FrontNet is no secret")
+    if verified.repair:
+        say(verified.repair.in_words())
+    for commitment in left_out:
+        say(f"not used: the record with the commitment {commitment}")
     emit(
         {
             "verified": True,
@@ -105,6 +119,8 @@ def verify(
             "simulated": verified.simulated,
             "center_audited": verified.center_audited,
             "front_public": verified.front_public,
+            "repair": verified.repair,
+            "left_out": left_out,
         },
         title="The bundle verifies",
     )

@@ -123,7 +123,8 @@ def suspicion(joined: JoinResults) -> dict[RecordRef, float]:
         raw = (Path(result["folder"]) / "suspicion.json").read_bytes()
         report = msgspec.json.decode(raw, type=SuspicionReport)
         for shard in report.scores:
-            scores |= {RecordRef(name, shard, leaf): value / 1000 for leaf, value in enumerate(report.of(shard))}
+            linked = ((leaf, score) for leaf, score in enumerate(report.of(shard)) if score is not None)
+            scores |= {RecordRef(name, shard, leaf): score / 1000 for leaf, score in linked}
     return scores
 
 

@@ -11,7 +11,7 @@ from caltrain.accountability.neighbours import label_disagreement
 from caltrain.accountability.planes import stored
 from caltrain.accountability.segments import Batch
 from caltrain.boundary.messages import Done, Link, Release
-from caltrain.boundary.sealed import ReleasedPart, SuspicionReport, seal_for
+from caltrain.boundary.sealed import LEFT_OUT, ReleasedPart, SuspicionReport, seal_for
 from caltrain.crypto.digests import canonical_json, digest
 from caltrain.crypto.merkle import merkle_root
 from caltrain.enclave.ingest import lineage, unpack
@@ -60,6 +60,7 @@ def release(run: Run, _message: Release) -> tuple[Done, RunState]:
         audit_rate=run.audit_rate,
         resumes=run.resumes,
         simulated=run.vault.attester.simulated,
+        repair=plan.repair or None,
     )
     _record_once(
         run,
@@ -95,6 +96,7 @@ def link(run: Run, _message: Link) -> tuple[Done, RunState]:
         audit_rate=run.audit_rate,
         resumes=run.resumes,
         simulated=run.vault.attester.simulated,
+        repair=present(run.plan).repair or None,
     )
     _record_once(
         run, "link", {"model": run.model_digest, "records": statement.records, "statement": _digest(statement)}
@@ -147,7 +149,9 @@ def _suspicion(run: Run, fingerprints: Tensor, labels: Tensor, records: Sequence
     sealed: dict[str, bytes] = {}
     for party in manifest.parties:
         own = {
-            s.shard: b"".join(table[party.name, s.shard, leaf].to_bytes(2, "little") for leaf in range(s.records))
+            s.shard: b"".join(
+                table.get((party.name, s.shard, leaf), LEFT_OUT).to_bytes(2, "little") for leaf in range(s.records)
+            )
             for s in party.shards
             if not s.held_out
         }

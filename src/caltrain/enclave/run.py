@@ -156,9 +156,14 @@ class Run:
         return self.chain.count("resume", before="release")
 
     @property
+    def records(self) -> int:
+        """Records that are trained on."""
+        return present(self.manifest).trained(present(self.plan))
+
+    @property
     def steps(self) -> int:
         """Steps of an epoch."""
-        return present(self.manifest).records() // present(self.plan).training.batch
+        return self.records // present(self.plan).training.batch
 
 
 def present(value: T | None) -> T:

@@ -298,7 +298,7 @@ class Conductor:
         """From where the enclave says that the run is to the end of training."""
         from caltrain.host.begin import begin_center  # noqa: PLC0415  # as in _launch
 
-        records = self.manifest.records() if self.manifest else 0
+        records = self.manifest.trained(self.plan) if self.manifest else 0
         center = begin_center(self.plan, self.store, done, records=records, device=self._device)
         self._running().center = self.center = center
         self._phase("train")

@@ -24,6 +24,7 @@ EventKind = Literal[
     "provision",
     "manifest",
     "countersignature",
+    "repair",
     "ingest",
     "epoch",
     "assess",

@@ -29,6 +29,7 @@ from caltrain.records.commitment import RecordRef
 from caltrain.records.disclosure import Disclosure
 from caltrain.training.spec import CenterSpec, InitialWeights
 from support.folders import signed_manifest
+from support.repairs import repaired
 from support.samples import refused
 from support.scripted_host import ScriptedHost
 from support.world import World, pictures
@@ -152,6 +153,39 @@ def test_a_bundle_of_a_run_from_public_weights_says_so(audit: Audit) -> None:
         chain=events,
     )
     assert verify_bundle(bundle, plan_digest=plan.digest()).front_public
+
+
+@cache
+def mended() -> Audit:
+    """A bundle of a run that left out some records."""
+    return Audit(repaired().run_to(State.LINKED))
+
+
+def test_a_bundle_of_a_repair_says_what_was_left_out(audit: Audit) -> None:
+    assert audit.verify().repair is None
+    assert mended().verify().repair == mended().world.plan.repair
+
+
+def test_a_link_that_does_not_say_of_the_repair_what_the_plan_says_is_refused(audit: Audit) -> None:
+    repair = mended().world.plan.repair
+    assert repair
+    for one, said in ((audit, repair), (mended(), None), (mended(), msgspec.structs.replace(repair, records=3))):
+        linked = msgspec.structs.replace(one.world.statement("linked-model", LinkedModel), repair=said)
+        one.refused(LineageError, "bundle.other-repair", linked=one.signing.sign("linked-model", linked))
+
+
+def test_a_chain_without_the_repair_is_refused() -> None:
+    one, world = mended(), mended().world
+    for body in (None, {"quarantine": OTHER}):
+        chain = Chain(one.signing, run=world.manifest.run)
+        events = [
+            chain.append("plan", {"plan": world.plan.digest()}),
+            chain.append("manifest", {"manifest": world.manifest.digest()}),
+            *([chain.append("repair", body)] if body else []),
+            chain.append("link", {"model": world.run.model_digest}),
+        ]
+        trace = one.retraced(head=chain.head)
+        one.refused(LineageError, "bundle.not-in-chain", chain=tuple(events), trace=trace)
 
 
 def test_a_head_that_a_party_kept_earlier_is_passed(audit: Audit) -> None:

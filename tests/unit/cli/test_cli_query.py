@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import zipfile
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from caltrain.boundary.sealed import Answers, Neighbour, TraceStatement
 from caltrain.cli import files, query
 from caltrain.client.ask import Answered
 from caltrain.crypto.hpke import HpkePrivateKey
+from caltrain.enclave.run import State
 from caltrain.models.network import build
 from caltrain.models.weights import encode_state, model_digest
 from caltrain.participant.receive import RunRecord
@@ -27,8 +29,10 @@ from caltrain.plan import ManifestParty, ManifestShard, Plan, RunManifest
 from caltrain.project import Project
 from caltrain.records.commitment import RecordRef
 from caltrain.records.disclosure import Disclosure
-from support.bundles import disclosed, statement_of, traced_world
+from caltrain.records.quarantine import Repair
+from support.bundles import bundle_of, disclosed, statement_of, traced_world
 from support.commands import Cli
+from support.repairs import FEW, entry, quarantine_of, repaired
 from support.samples import SHARD, signer
 from support.world import World
 
@@ -377,6 +381,8 @@ def test_verify_says_what_a_bundle_proves(traced: tuple[World, TraceBundle], bun
         "simulated": True,
         "center_audited": False,
         "front_public": False,
+        "repair": None,
+        "left_out": [],
     }
     text = cli("verify", bundle, "--plan-digest", world.plan.digest()).out
     assert text.count("simulated enclave") == 1
@@ -394,6 +400,36 @@ def test_verify_says_that_the_front_net_is_no_secret(
     words = ("verify", bundle, "--plan-digest", traced[0].plan.digest())
     assert cli(*words).out.count("training began from public weights: the FrontNet is no secret") == 1
     assert cli(*words, as_json=True).json["front_public"] is True
+
+
+@cache
+def mended() -> tuple[World, TraceBundle]:
+    """A run that left out some records, and a bundle of it."""
+    world = repaired(epochs=1).run_to(State.LINKED)
+    return world, bundle_of(world)
+
+
+def test_verify_shows_that_a_record_was_left_out(tmp_path: Path, cli: Cli) -> None:
+    world, found = mended()
+    (tmp_path / "bundle.json").write_bytes(msgspec.json.encode(found))
+    (tmp_path / "list.json").write_bytes(quarantine_of(world).encode())
+    words = ("verify", tmp_path / "bundle.json", "--plan-digest", world.plan.digest())
+    repair = world.plan.repair
+    assert repair
+    assert msgspec.convert(cli(*words, as_json=True).json["repair"], Repair) == repair
+    assert repair.in_words() in cli(*words).out
+    out, used = (entry(world, place).commitment for place in (FEW[0], ("alpha", 0, 0)))
+    given = (*words, "--quarantine", tmp_path / "list.json")
+    assert cli(*given, as_json=True).json["left_out"] == []
+    assert cli(*given, "--left-out", out, as_json=True).json["left_out"] == [out]
+    assert f"not used: the record with the commitment {out}" in cli(*given, "--left-out", out).out
+    shown = cli(*given, "--left-out", out, "--left-out", used, as_json=True)
+    assert (shown.code, shown.error["code"]) == (17, "quarantine.not-listed")
+    shown = cli(*words, "--left-out", out, as_json=True)
+    assert (shown.code, shown.error["code"]) == (10, "option.missing")
+    (tmp_path / "list.json").write_bytes(quarantine_of(world, FEW[:3]).encode())
+    shown = cli(*given, as_json=True)
+    assert (shown.code, shown.error["code"]) == (12, "quarantine.other-list")
 
 
 def test_verify_counts_what_was_disclosed(

@@ -48,6 +48,8 @@ COMMANDS = {
     ("predict",),
     ("trace",),
     ("verify",),
+    ("remedy", "plan"),
+    ("remedy", "compare"),
     ("bench", "sealing"),
     ("bench", "train"),
     ("version",),

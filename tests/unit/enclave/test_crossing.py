@@ -23,7 +23,7 @@ from caltrain.provenance.chain import EventKind
 from caltrain.training.spec import Augment
 from caltrain.training.zone import Zone
 from support.tiny import CLASSES, pictures
-from support.watched import Seen, Watched, failure, life, object_of
+from support.watched import Seen, Watched, failure, life, object_of, repair
 from support.world import World
 
 DOCUMENT = Path(__file__).parents[3] / "docs" / "crossing.md"
@@ -33,7 +33,7 @@ BOTH: dict[str, str] = {
     "agreement": "answer bundle, answer signed, event plan, event approval, event provision, event manifest, "
     "event countersignature",
     "ingest": "read shards, write pool, write held-out, tell ingest, answer ignored, answer center_seed, answer at, "
-    "answer front, event ingest",
+    "answer front, event ingest, read quarantine, event repair",
     "assessment": "ask commit, ask show, read center-state, read pool, answer signed, answer sealed, answer due, "
     "answer state, event assess, event vote",
     "training": "read pool, write pool, read pool-cells, write pool-cells, tensor ir, tensor ir-grad, tell train, "
@@ -59,6 +59,7 @@ BODIES: dict[EventKind, set[str]] = {
     "provision": {"party", "key_id", "shards"},
     "manifest": {"manifest", "records"},
     "countersignature": {"party"},
+    "repair": {"run", "model", "quarantine", "records", "without"},
     "ingest": {"records", "ignored"},
     "epoch": {"epoch", "loss", "records", "held_out", "top1", "top2"},
     "assess": {"epoch", "front", "model", "least", "statement"},
@@ -86,9 +87,9 @@ def listed(form: str) -> Names:
 
 
 def observed(form: str) -> list[Seen]:
-    """What crossed in a whole life of a run and in one that stopped."""
+    """What crossed in a whole life of a run, where a repair begins, and in a run that stopped."""
     stopped = [seen for seen in failure(FORMS[form]).seen if seen.phase == "failure"]
-    return life(FORMS[form]).seen + stopped
+    return life(FORMS[form]).seen + repair(FORMS[form]).seen + stopped
 
 
 # --- the table ---------------------------------------------------------------------------------------------------

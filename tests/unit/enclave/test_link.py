@@ -36,6 +36,7 @@ def test_the_link_names_the_model_and_commits_to_every_record() -> None:
         audit_rate=0.0,
         resumes=0,
         simulated=True,
+        repair=None,
     )
     assert world.chain()[-1].body == {
         "model": world.run.model_digest,

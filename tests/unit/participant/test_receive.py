@@ -15,6 +15,7 @@ import torch
 
 from caltrain.boundary.sealed import ReleasedPart, SuspicionReport, seal_for
 from caltrain.crypto.dsse import SigningKey
+from caltrain.enclave.run import State
 from caltrain.errors import CaltrainError, EnvironmentFault, IntegrityError, LineageError, ProtocolError
 from caltrain.models.weights import decode_state, encode_state, model_digest
 from caltrain.participant import receive as receiving
@@ -23,6 +24,7 @@ from caltrain.provenance.chain import Chain
 from caltrain.provenance.statements import LinkedModel, ModelStatement
 from support.disk import files_end_at, tree
 from support.folders import identity_of
+from support.repairs import repaired
 from support.samples import refused
 from support.scripted_host import Edit, ScriptedHost
 from support.world import World
@@ -65,6 +67,29 @@ class Receiving:
         """What the enclave could have stated instead."""
         raw = msgspec.json.encode((signer or self.world.run.vault.signing).sign(kind, statement))
         return lambda _: raw
+
+
+def a_repair() -> World:
+    """A run that left out some records."""
+    return repaired().run_to(State.LINKED)
+
+
+@pytest.mark.parametrize("edited", [{"model"}, {"linked-model"}, {"model", "linked-model"}])
+def test_release_and_link_must_say_of_the_repair_what_the_plan_says(edited: set[str], tmp_path: Path) -> None:
+    first, second = (Receiving(world, tmp_path / str(i)) for i, world in enumerate((finished_world(), a_repair())))
+    repair = second.world.plan.repair or None
+    assert repair
+    first.receive()
+    second.receive()
+    kinds = {"model": ("release.json", ModelStatement), "linked-model": ("suspicion.json", LinkedModel)}
+    for party, said in ((first, repair), (second, None), (second, msgspec.structs.replace(repair, records=3))):
+        for kind in edited:
+            name, type_ = kinds[kind]
+            honest = party.world.statement(kind, type_)
+            party.host.edit[ARTIFACTS + name] = party.signed(kind, msgspec.structs.replace(honest, repair=said))
+        with refused(IntegrityError, "release.mismatch") as caught:
+            party.receive()
+        assert "repair" in caught.value.what
 
 
 @pytest.fixture
