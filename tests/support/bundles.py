@@ -16,11 +16,13 @@ from caltrain.records.commitment import RecordRef
 from caltrain.records.disclosure import Disclosure
 from support.world import World, pictures
 
+INPUT = pictures(1, seed=99)
+
 
 def traced_world() -> tuple[World, TraceBundle]:
     """A linked run, and a bundle for one trace by the user `una`, without disclosures."""
     world = World(epochs=1).run_to(State.LINKED)
-    asked = world.question("trace", pictures(1, seed=99))
+    asked = world.question("trace", INPUT)
     trace = asked.open(world.done(m.Query("una", asked.envelope)).sealed["una"]).traces[0]
     bundle = TraceBundle(
         plan=world.plan,
@@ -28,6 +30,7 @@ def traced_world() -> tuple[World, TraceBundle]:
         countersignatures={name: party.countersign(world.manifest) for name, party in world.parties.items()},
         linked=world.statements["linked-model"],
         trace=trace,
+        evidence=asked.bundle,
         chain=tuple(world.events),
     )
     return world, bundle
@@ -47,6 +50,7 @@ def disclosed(world: World, reference: RecordRef, *, record: bytes | None = None
         "disclosure",
         Disclosure(
             record_ref=reference,
+            model=world.run.model_digest,
             records=len(shard.records),
             salt=base64.b64encode(shard.salts[reference.leaf]).decode(),
             record=base64.b64encode(shard.records[reference.leaf] if record is None else record).decode(),

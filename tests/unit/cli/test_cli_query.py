@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -14,8 +15,9 @@ import pytest
 import torch
 from PIL import Image
 
+from caltrain.attestation.evidence import Binding, Evidence, EvidenceBundle
 from caltrain.attestation.verify import Claims
-from caltrain.auditor.bundle import TraceBundle, Verified, verify_bundle
+from caltrain.auditor.bundle import TraceBundle, Verified, judge_bundle
 from caltrain.boundary.sealed import Answers, Neighbour, TraceStatement
 from caltrain.cli import files, query
 from caltrain.client.ask import Answered
@@ -34,6 +36,16 @@ from support.world import World
 
 INPUTS = np.arange(3 * 64, dtype=np.uint8).reshape(3, 1, 8, 8)
 RUN, DIGEST = "ab" * 16, "sha256:" + "0" * 64
+EVIDENCE = EvidenceBundle(
+    binding=Binding(
+        purpose="query",
+        encryption_key=HpkePrivateKey().public,
+        signing_key=signer("enclave").public,
+        plan=DIGEST,
+        nonce="0" * 64,
+    ),
+    evidence=Evidence(kind="simulated", blob=""),
+)
 SHARD_ENTRY = ManifestShard(shard=SHARD, root=DIGEST, records=20)
 
 
@@ -272,10 +284,21 @@ def answered(kind: str, count: int, *, simulated: bool = True) -> Answered:
             input_commitment=DIGEST,
             head=DIGEST,
             predicted=7,
+            any_label=False,
+            contributors=(),
             neighbours=tuple(
-                Neighbour(rank=rank, record=RecordRef(party, SHARD, index), distance=0.25, commitment=DIGEST)
+                Neighbour(
+                    rank=rank,
+                    record=RecordRef(party, SHARD, index),
+                    label=7,
+                    distance=0.25,
+                    commitment=DIGEST,
+                    unusual=0.97,
+                )
                 for rank, party in ((1, "birch"), (2, "alder"), (3, "birch"))
             ),
+            basis="held-out",
+            references=100,
             audit_rate=0.0,
             resumes=0,
             simulated=simulated,
@@ -285,6 +308,7 @@ def answered(kind: str, count: int, *, simulated: bool = True) -> Answered:
     scores = tuple((0.0,) * 7 + (0.9, 0.1, 0.0) for _ in range(count))
     return Answered(
         claims=Claims(kind="simulated", simulated=simulated, measurement="", report_data=b""),
+        evidence=EVIDENCE,
         answers=Answers(model=DIGEST, predicted=(7,) * count, scores=scores, budget_left=5),
         traces=statements,
         envelopes=tuple(signer("enclave").sign("trace", statement) for statement in statements),
@@ -328,8 +352,8 @@ def test_trace_names_the_records_behind_a_prediction(
     assert [trace["neighbours"][0]["record"]["leaf"] for trace in found["traces"]] == [*range(6)]
     text = cli("trace", tmp_path / "inputs.npy", *asking(project)).out
     assert text.count("simulated enclave") == named
-    assert "input 2: predicted 7; nearest: birch 2, alder 1\n" in text
-    assert f"1. birch --record {SHARD}:2 distance 0.25" in text
+    assert "inputs.npy:2: predicted 7; nearest: birch 2, alder 1\n" in text
+    assert f"1. birch --record {SHARD}:2 distance 0.25, as far or nearer: 97% of held-out queries\n" in text
     assert f"{SHARD}:3" not in text
     assert "the first 3 of 6; --out keeps all" in text
 
@@ -339,8 +363,9 @@ def test_traces_are_kept_before_anything_else_can_fail(
 ) -> None:
     shown = cli("trace", inputs, *asking(project), "--out", tmp_path / "out", as_json=True)
     assert (shown.code, shown.error["code"]) == (18, "host.unreachable")  # the bundles' other parts are the host's
-    kept = msgspec.json.decode((tmp_path / "out" / "traces.json").read_bytes(), type=list[TraceStatement])
-    assert [trace.index for trace in kept] == [0, 1, 2]
+    kept = json.loads((tmp_path / "out" / "traces.json").read_bytes())
+    assert [trace["index"] for trace in kept["traces"]] == [0, 1, 2]
+    assert kept["inputs"] == [f"{inputs}:{row}" for row in range(3)]
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["traces.json"]
     assert enclave["kind"] == "trace"
 
@@ -387,10 +412,10 @@ def test_verify_says_what_a_bundle_proves(traced: tuple[World, TraceBundle], bun
 def test_verify_says_that_the_front_net_is_no_secret(
     traced: tuple[World, TraceBundle], bundle: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def public(found: TraceBundle, *, plan_digest: str, head: str | None) -> Verified:
-        return msgspec.structs.replace(verify_bundle(found, plan_digest=plan_digest, head=head), front_public=True)
+    def public(found: TraceBundle, **anchors: Any) -> Verified:
+        return msgspec.structs.replace(judge_bundle(found, **anchors), front_public=True)
 
-    monkeypatch.setattr("caltrain.cli.query.verify_bundle", public)
+    monkeypatch.setattr("caltrain.cli.query.judge_bundle", public)
     words = ("verify", bundle, "--plan-digest", traced[0].plan.digest())
     assert cli(*words).out.count("training began from public weights: the FrontNet is no secret") == 1
     assert cli(*words, as_json=True).json["front_public"] is True

@@ -279,7 +279,7 @@ def test_a_trace_says_of_which_input_run_model_and_user_it_is() -> None:
     nonce = asked.bundle.binding.nonce
     before = world.chain()[-2]  # the last event is that of this question
     for index, trace in enumerate(traces(world, given)):
-        assert msgspec.structs.replace(trace, neighbours=()) == TraceStatement(
+        assert msgspec.structs.replace(trace, neighbours=(), references=0) == TraceStatement(
             run=world.run.vault.run,
             model=world.run.model_digest,
             user="una",
@@ -288,7 +288,11 @@ def test_a_trace_says_of_which_input_run_model_and_user_it_is() -> None:
             input_commitment=digest("input/v1", bytes.fromhex(nonce), INPUTS[index].tobytes()),
             head=before.digest(),
             predicted=given.predicted[index],
+            any_label=False,
+            contributors=(),
             neighbours=(),
+            basis="leave-one-out",
+            references=0,
             audit_rate=0.0,
             resumes=0,
             simulated=True,

@@ -20,6 +20,8 @@ from support.scripted_host import ScriptedHost
 from support.world import World
 from support.worlds import finished_world
 
+MODEL = "sha256:" + "1" * 64
+
 
 @pytest.fixture
 def world() -> World:
@@ -47,7 +49,7 @@ def reference(world: World, leaf: int, *, shard: int = 0) -> RecordRef:
 @pytest.mark.parametrize(("shard", "leaf"), [(0, 0), (0, 4), (1, 3)])
 def test_a_record_is_disclosed_with_what_proves_it(world: World, alpha: Identity, shard: int, leaf: int) -> None:
     own = world.parties["alpha"].shards[shard]
-    envelope, commitment = disclose(alpha, world.plan, reference(world, leaf, shard=shard))
+    envelope, commitment = disclose(alpha, world.plan, reference(world, leaf, shard=shard), model=MODEL)
     found = open_envelope(envelope, "disclosure", alpha.signer.public, Disclosure, step="test")
     assert commitment == "sha256:" + own.commitment(leaf).hex()
     assert base64.b64decode(found.record) == own.records[leaf]
@@ -68,7 +70,7 @@ def test_what_we_do_not_have_is_not_disclosed(world: World, alpha: Identity) -> 
         RecordRef("beta", world.parties["beta"].shards[0].header.shard, 0),
     ):
         with refused(LineageError, "disclose.no-such-record") as caught:
-            disclose(alpha, world.plan, wanted)
+            disclose(alpha, world.plan, wanted, model=MODEL)
         assert wanted.shard in caught.value.what
 
 
@@ -76,7 +78,7 @@ def test_a_shard_under_another_name_is_not_disclosed_from(world: World, alpha: I
     path = shard_path(alpha, reference(world, 0).shard)
     path.rename(shard_path(alpha, "0" * 32))
     with refused(IntegrityError, "seal.misnamed"):
-        disclose(alpha, world.plan, RecordRef("alpha", "0" * 32, 0))
+        disclose(alpha, world.plan, RecordRef("alpha", "0" * 32, 0), model=MODEL)
 
 
 @pytest.mark.parametrize("at", [-1, 0, 200])
@@ -86,13 +88,13 @@ def test_from_a_damaged_shard_nothing_is_disclosed(world: World, alpha: Identity
     raw[at] ^= 1
     path.write_bytes(raw)
     with pytest.raises(IntegrityError):
-        disclose(alpha, world.plan, reference(world, 0))
+        disclose(alpha, world.plan, reference(world, 0), model=MODEL)
 
 
 def test_the_disclosure_is_noted_in_the_chain(finished: World, tmp_path: Path) -> None:
     alpha = identity_of(finished.parties["alpha"], tmp_path / "alpha")
     host, run = ScriptedHost(finished), finished.run.vault.run
-    _, commitment = disclose(alpha, finished.plan, reference(finished, 2))
+    _, commitment = disclose(alpha, finished.plan, reference(finished, 2), model=MODEL)
     with host.client() as client:
         note_disclosure(client, alpha, run=run, commitment=commitment)
         last = finished.chain()[-1]
