@@ -72,10 +72,15 @@ class Reader(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
 
 
 class TraceSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """What a trace answers: neighbours, and the step to which distances are rounded."""
+    """What a trace answers: neighbours, and how their distances are told.
+
+    They are rounded to a step, and a distance shorter than that of the share `distance_floor` of clean queries is told
+    as theirs: else a distance near 0 tells that the input itself was trained on.
+    """
 
     neighbours: Annotated[int, msgspec.Meta(ge=1, le=100)] = 9
     distance_step: Annotated[float, msgspec.Meta(ge=0.001, le=1)] = 0.01
+    distance_floor: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.5
     suspicion_neighbours: Annotated[int, msgspec.Meta(ge=1, le=100)] = 20
     filters: bool = False
     """Users may ask for the nearest of any class, and of single contributors."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -30,6 +31,18 @@ class Reference:
     def count(self) -> int:
         """Clean queries."""
         return int(self.steps.shape[1])
+
+    def told(self, rank: int, steps: int, *, floor: float, most: int) -> int:
+        """So many steps as they are told: at least those of the share `floor` of clean queries at this rank.
+
+        `most` where there are none to hide among. What is told never shrinks from one rank to the next.
+        """
+        if not floor:
+            return steps
+        if not len(self.steps):
+            return most
+        row = self.steps[min(rank, len(self.steps)) - 1]
+        return max(steps, int(row[math.ceil(floor * self.count) - 1]))
 
     def unusual(self, rank: int, steps: int) -> float | None:
         """Share of clean queries whose neighbour of this rank (from 1) is at most so far, in steps of 0.01.

@@ -77,11 +77,12 @@ class Question(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
 
 
 class Neighbour(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """One traced record: where it is, its label, how far (a multiple of the plan's distance step), its commitment.
+    """One traced record: where it is, its label, how far at most, its commitment.
 
-    `unusual` is the share of clean queries whose neighbour of this rank is at most as far, in steps of 0.01: near 1 for
-    an input that lies farther from its class than clean ones do, None where there is nothing to compare with. It
-    follows from the rounded distance, so it tells no more of it.
+    `distance` is a multiple of the plan's step, and no less than the plan's floor has it. `unusual` is the share of
+    clean queries whose neighbour of this rank is at most as far, in steps of 0.01: near 1 for an input that lies
+    farther from its class than clean ones do, None where there is nothing to compare with. It follows from the distance
+    as it is told, so it tells no more of it.
     """
 
     rank: int

@@ -29,11 +29,12 @@ from caltrain.enclave.linkage import EVERYWHERE, Hit, Where
 from caltrain.enclave.run import Run, State, present
 from caltrain.errors import AccessError, DataError, IntegrityError
 from caltrain.models.network import features_and_logits
-from caltrain.plan import Plan, User
+from caltrain.plan import Plan, TraceSpec, User
 from caltrain.training.batches import center_crop, normalise
 
 _BATCH = 256
 MAX_SCORES = 1 << 20
+_LONGEST = 2.0  # between vectors of length one
 
 
 def query(run: Run, message: Query) -> tuple[Done, State]:
@@ -158,9 +159,10 @@ def _trace(
     run: Run, question: Question, hits: Sequence[Hit], label: int, pixels: bytes, *, user: User, nonce: str, index: int
 ) -> Envelope:
     """Sign the ranked records, with no more precision than the plan allows."""
+    reference = run.references.get(label, NOTHING)
+    distances = [_told(rank, hit, reference, present(run.plan).trace) for rank, hit in enumerate(hits, 1)]
     # Clean queries were asked about their own class and all contributors: they say nothing of other questions.
-    chosen = question.any_label or question.contributors
-    reference = NOTHING if chosen else run.references.get(label, NOTHING)
+    compared = NOTHING if question.any_label or question.contributors else reference
     step = present(run.plan).trace.distance_step
     statement = TraceStatement(
         run=run.vault.run,
@@ -173,9 +175,19 @@ def _trace(
         predicted=label,
         any_label=question.any_label,
         contributors=question.contributors,
-        neighbours=tuple(_neighbour(rank + 1, hit, reference, step=step) for rank, hit in enumerate(hits)),
-        basis=reference.basis,
-        references=reference.count,
+        neighbours=tuple(
+            Neighbour(
+                rank=rank,
+                record=hit.record,
+                label=hit.label,
+                distance=round(told * step, 6),
+                commitment=to_text(hit.commitment),
+                unusual=compared.unusual(rank, told),
+            )
+            for rank, (hit, told) in enumerate(zip(hits, distances, strict=True), 1)
+        ),
+        basis=compared.basis,
+        references=compared.count,
         audit_rate=run.audit_rate,
         resumes=run.resumes,
         simulated=run.vault.attester.simulated,
@@ -183,16 +195,10 @@ def _trace(
     return run.vault.signing.sign("trace", statement)
 
 
-def _neighbour(rank: int, hit: Hit, reference: Reference, *, step: float) -> Neighbour:
-    steps = in_steps(hit.distance, step)
-    return Neighbour(
-        rank=rank,
-        record=hit.record,
-        label=hit.label,
-        distance=round(steps * step, 6),
-        commitment=to_text(hit.commitment),
-        unusual=reference.unusual(rank, steps),
-    )
+def _told(rank: int, hit: Hit, reference: Reference, spec: TraceSpec) -> int:
+    """A distance in steps of the plan; whether it is that of a copy or of what is merely alike does not show."""
+    steps, most = in_steps(hit.distance, spec.distance_step), in_steps(_LONGEST, spec.distance_step)
+    return reference.told(rank, steps, floor=spec.distance_floor, most=most)
 
 
 def record_disclosure(run: Run, message: RecordDisclosure) -> tuple[Done, State]:

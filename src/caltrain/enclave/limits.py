@@ -25,8 +25,9 @@ def draw(run: Run, user: User, count: int) -> None:
     # A clock that went back stands still for us: what was waited for once does not count again.
     at = max(now, before.at)
     level = min(user.per_hour, before.level + (at - before.at) * user.per_hour / _HOUR)
-    if count > level + _ROUNDING:
-        wait = math.ceil((count - level) * _HOUR / user.per_hour)
+    missing = count - level - _ROUNDING
+    if missing > 0:
+        wait = math.ceil(missing * _HOUR / user.per_hour)
         never = count > user.per_hour
         raise AccessError(
             "user.too-fast",

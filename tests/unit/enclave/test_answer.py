@@ -249,7 +249,9 @@ def as_tensors(inputs: Pixels) -> Any:
 
 
 def coarse(plan: Plan) -> Plan:
-    return msgspec.structs.replace(plan, trace=msgspec.structs.replace(plan.trace, neighbours=4, distance_step=0.03))
+    return msgspec.structs.replace(
+        plan, trace=msgspec.structs.replace(plan.trace, neighbours=4, distance_step=0.03, distance_floor=0)
+    )
 
 
 @pytest.mark.parametrize("batch", [256, 2])
