@@ -14,14 +14,14 @@ from caltrain.crypto.merkle import inclusion_proof
 from caltrain.enclave.run import State
 from caltrain.records.commitment import RecordRef
 from caltrain.records.disclosure import Disclosure
-from support.world import World, pictures
+from support.world import Change, World, pictures
 
 INPUT = pictures(1, seed=99)
 
 
-def traced_world() -> tuple[World, TraceBundle]:
+def traced_world(*, change: Change = lambda plan: plan) -> tuple[World, TraceBundle]:
     """A linked run, and a bundle for one trace by the user `una`, without disclosures."""
-    world = World(epochs=1).run_to(State.LINKED)
+    world = World(epochs=1, change=change).run_to(State.LINKED)
     asked = world.question("trace", INPUT)
     trace = asked.open(world.done(m.Query("una", asked.envelope)).sealed["una"]).traces[0]
     bundle = TraceBundle(
