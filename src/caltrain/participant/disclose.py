@@ -61,7 +61,12 @@ def disclose(identity: Identity, plan: Plan, reference: RecordRef, *, model: str
 
 
 def refuse(identity: Identity, reference: RecordRef, *, model: str) -> Envelope:
-    """Our signed word (DSSE kind `refusal`) that we will not disclose a record that a trace of `model` names."""
+    """Our signed word (DSSE kind `refusal`) that we will not disclose a record that a trace of `model` names.
+
+    Raises LineageError `disclose.no-such-record` for another party's.
+    """
+    if reference.party != identity.name:
+        raise _no_such(reference, identity.name)
     return identity.signer.sign("refusal", Refusal(record_ref=reference, model=model))
 
 

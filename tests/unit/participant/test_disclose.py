@@ -5,15 +5,19 @@ from __future__ import annotations
 import base64
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from caltrain.crypto.dsse import open_envelope
+from caltrain.crypto.hpke import HpkePrivateKey
 from caltrain.errors import IntegrityError, LineageError
-from caltrain.participant.disclose import disclose, note_disclosure
+from caltrain.participant.disclose import disclose, note_disclosure, refuse
 from caltrain.participant.identity import Identity
 from caltrain.participant.seal import shard_path
+from caltrain.plan import Reader
 from caltrain.records.commitment import RecordRef
-from caltrain.records.disclosure import Disclosure, check_disclosure
+from caltrain.records.disclosure import Disclosure, Refusal, check_disclosure
+from caltrain.records.shown import Reading, SealedDisclosure, open_disclosure
 from support.folders import identity_of
 from support.samples import refused
 from support.scripted_host import ScriptedHost
@@ -102,3 +106,27 @@ def test_the_disclosure_is_noted_in_the_chain(finished: World, tmp_path: Path) -
         with refused(IntegrityError, "disclosure.not-own"):
             note_disclosure(client, alpha, run=run, commitment="sha256:" + "0" * 64)
     assert finished.chain()[-1] == last
+
+
+def test_where_the_plan_names_readers_they_alone_are_shown_the_record(world: World, alpha: Identity) -> None:
+    una, pat = (Reading(name, HpkePrivateKey()) for name in ("una", "pat"))
+    readers = tuple(Reader(name=reading.name, encryption_key=reading.key.public) for reading in (una, pat))
+    spec = msgspec.structs.replace(world.plan.trace, disclose_to=readers)
+    plan, own = msgspec.structs.replace(world.plan, trace=spec), world.parties["alpha"].shards[0]
+    envelope, commitment = disclose(alpha, plan, reference(world, 2), model=MODEL)
+    sealed = open_envelope(envelope, "sealed-disclosure", alpha.signer.public, SealedDisclosure, step="test")
+    assert set(sealed.readers) == {"una", "pat"}
+    assert commitment == "sha256:" + own.commitment(2).hex()
+    assert base64.b64encode(own.records[2]) not in base64.b64decode(sealed.sealed)
+    for reading in (una, pat):
+        opened = open_disclosure(sealed, reading)
+        found = open_envelope(opened, "disclosure", alpha.signer.public, Disclosure, step="test")
+        assert base64.b64decode(found.record) == own.records[2]
+
+
+def test_a_refusal_is_signed_and_names_record_and_model(world: World, alpha: Identity) -> None:
+    envelope = refuse(alpha, reference(world, 1), model=MODEL)
+    found = open_envelope(envelope, "refusal", alpha.signer.public, Refusal, step="test")
+    assert found == Refusal(record_ref=reference(world, 1), model=MODEL)
+    with refused(LineageError, "disclose.no-such-record"):
+        refuse(alpha, RecordRef("beta", world.parties["beta"].shards[0].header.shard, 0), model=MODEL)
