@@ -241,7 +241,7 @@ def test_a_deepening_cut_is_in_the_digest() -> None:
 
 def test_readers_are_in_the_digest() -> None:
     other = READER | {"encryption_key": HpkePrivateKey(b"1" * 32).public}
-    traces = ([], [READER], [other], [READER, other | {"name": "pat"}])
+    traces: list[list[dict[str, str]]] = [[], [READER], [other], [READER, other | {"name": "pat"}]]
     assert len({plan(trace={"neighbours": 5, "disclose_to": each}).digest() for each in traces}) == len(traces)
 
 

@@ -75,9 +75,9 @@ class Case:
     def told(self, reference: RecordRef, **changes: Any) -> Envelope:
         return self.sign(reference.party, "disclosure", msgspec.structs.replace(self.honest(reference), **changes))
 
-    def sealed(self, reference: RecordRef, inner: Envelope | None = None, **place: Any) -> Envelope:
-        where = {"reference": reference, "model": self.model, "readers": READERS} | place
-        sealed = seal_disclosure(inner or disclosed(self.world, reference), **where)
+    def sealed(self, reference: RecordRef, inner: Envelope | None = None, *, model: str = "") -> Envelope:
+        envelope = inner or disclosed(self.world, reference)
+        sealed = seal_disclosure(envelope, reference, model=model or self.model, readers=READERS)
         return self.sign(reference.party, "sealed-disclosure", sealed)
 
     def retraced(self, **first: Any) -> Envelope:
@@ -405,7 +405,7 @@ def test_who_shows_the_input_shows_which_one_it_was() -> None:
     both = np.concatenate((pictures(2, seed=5), INPUT))
     assert check_input(verified, INPUT) == 0
     assert check_input(verified, both) == 2
-    for other in (both[:2], INPUT ^ 1, INPUT[:0], INPUT.astype(np.float32)):
+    for other in (both[:2], INPUT[:, :, ::-1], INPUT[:0], INPUT.astype(np.float32)):
         with refused(LineageError, "bundle.other-input"):
             check_input(verified, other)
 

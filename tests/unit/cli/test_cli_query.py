@@ -591,9 +591,9 @@ def test_verify_checks_the_input_that_a_user_shows(
     traced: tuple[World, TraceBundle], bundle: Path, tmp_path: Path, cli: Cli
 ) -> None:
     words = ("verify", bundle, "--plan-digest", traced[0].plan.digest(), "--input", tmp_path / "shown.npy")
-    np.save(tmp_path / "shown.npy", np.concatenate([INPUT ^ 1, INPUT]))
+    np.save(tmp_path / "shown.npy", np.concatenate([INPUT[:, :, ::-1], INPUT]))
     assert cli(*words, as_json=True).json["input"] == f"{tmp_path / 'shown.npy'}:1"
-    np.save(tmp_path / "shown.npy", INPUT ^ 1)
+    np.save(tmp_path / "shown.npy", INPUT[:, :, ::-1])
     shown = cli(*words, as_json=True)
     assert (shown.code, shown.error["code"]) == (17, "bundle.other-input")
 
@@ -632,8 +632,8 @@ def test_verify_opens_what_is_disclosed_to_its_reader(tmp_path: Path, cli: Cli) 
     owner = identity_of(world.parties[named.party], tmp_path / "owner")
     envelope, _ = disclose(owner, world.plan, named, model=world.run.model_digest)
     (tmp_path / "answers.json").write_bytes(msgspec.json.encode([envelope]))
-    words = ("verify", tmp_path / "bundle.json", "--plan-digest", world.plan.digest())
-    words = (*words, "--disclosures", tmp_path / "answers.json")
+    files = (tmp_path / "bundle.json", "--disclosures", tmp_path / "answers.json")
+    words = ("verify", *files, "--plan-digest", world.plan.digest())
     place = query._place(named)
     assert cli(*words, as_json=True).json["outcomes"][place] == "sealed"
     assert cli(*words, "--home", tmp_path / "una", as_json=True).json["outcomes"][place] == "disclosed"

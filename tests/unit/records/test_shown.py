@@ -11,6 +11,7 @@ import pytest
 from caltrain.crypto.aead import seal
 from caltrain.crypto.dsse import SigningKey
 from caltrain.crypto.hpke import HpkePrivateKey, seal_to
+from caltrain.crypto.kdf import derive
 from caltrain.errors import AccessError, IntegrityError
 from caltrain.records import shown
 from caltrain.records.commitment import RecordRef
@@ -86,7 +87,7 @@ def test_nothing_of_it_can_be_exchanged(what: str) -> None:
 @pytest.mark.parametrize("key", [b"", b"short", bytes(64)])
 def test_a_contributor_that_seals_otherwise_than_it_should_makes_no_other_error(key: bytes) -> None:
     place = shown._place(PLACE, MODEL)
-    content = seal(shown.derive(key, "disclosure/v1"), b"<html>", aad=place)
+    content = seal(derive(key, "disclosure/v1"), b"<html>", aad=place)
     odd = msgspec.structs.replace(
         SEALED,
         sealed=base64.b64encode(content).decode(),
