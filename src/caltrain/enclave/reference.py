@@ -8,51 +8,55 @@ closer together than what it has not seen. Neither is known to be clean: a contr
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from caltrain.accountability.neighbours import squared_distances
+from caltrain.accountability.planes import stored
 from caltrain.accountability.reference import Reference
 from caltrain.enclave.ingest import unpack
-from caltrain.enclave.linkage import Hit
 from caltrain.enclave.run import Run, present
 from caltrain.models.network import features_and_logits
-from caltrain.records.commitment import RecordRef
 from caltrain.training.batches import center_crop, normalise
 
 SAMPLE = 1000
 """Clean queries of a class, at most: the share that follows from them is right to 0.03 or so."""
 ENOUGH = 20
 _BATCH = 256
+_AT_ONCE = 64
+_PRODUCTS = 1 << 24
 
 
-def references(run: Run, fingerprints: Tensor, labels: Tensor, records: Sequence[RecordRef]) -> dict[int, Reference]:
+def references(run: Run, fingerprints: Tensor, labels: Tensor) -> dict[int, Reference]:
     """A reference for each class that can have one.
 
     All records' fingerprints (N, D) and labels (N,) come in the order of the pool, which is drawn: the first of a class
     are a sample of it.
     """
-    store, model, spec = present(run.linkage), run.model_digest, present(run.plan).trace
-    held_out = _held_out(run)
+    spec, held_out = present(run.plan).trace, _held_out(run)
     found: dict[int, Reference] = {}
-    for label in store.labels(model):
-        there, queries = store.count(model, label), held_out.get(label, fingerprints[:0])
+    for label in sorted(set(labels.tolist())):
+        rows = stored(fingerprints[labels == label]).float()
+        queries = held_out.get(label, rows[:0])
         if len(queries) >= ENOUGH:
-            hits = store.nearest(queries, model=model, labels=[label], k=min(spec.neighbours, there))
-            distances = [[hit.distance for hit in near] for near in hits]
+            distances = _distances(queries, rows, k=spec.neighbours)
             found[label] = Reference.of("held-out", distances, step=spec.distance_step)
-        elif there > 1:
-            own = (labels == label).nonzero()[:SAMPLE, 0].tolist()
-            hits = store.nearest(fingerprints[own], model=model, labels=[label], k=min(spec.neighbours + 1, there))
-            distances = [_others(near, records[i]) for i, near in zip(own, hits, strict=True)]
+        elif len(rows) > 1:
+            distances = [each[1:] for each in _distances(rows[:SAMPLE], rows, k=spec.neighbours + 1)]
             found[label] = Reference.of("leave-one-out", distances, step=spec.distance_step)
     return found
 
 
-def _others(hits: Sequence[Hit], own: RecordRef) -> list[float]:
-    """Distances to other records; where copies stand before it, the record itself is not even among the nearest."""
-    return [hit.distance for hit in hits if hit.record != own][: len(hits) - 1]
+def _distances(queries: Tensor, rows: Tensor, *, k: int) -> list[list[float]]:
+    """From each query (Q, D) to the `k` nearest rows (N, D), or to all where there are fewer, nearest first."""
+    found: list[list[float]] = []
+    for some in torch.split(queries, max(1, min(_AT_ONCE, _PRODUCTS // len(rows)))):
+        # Twice as many by inner products, which lose digits where it is near; of these the distances by differences.
+        near = squared_distances(some, rows).topk(min(2 * k, len(rows)), largest=False).indices
+        exact = (rows[near] - some[:, None]).norm(dim=2).sort(dim=1).values
+        found += exact[:, :k].tolist()
+    return found
 
 
 def _held_out(run: Run) -> dict[int, Tensor]:

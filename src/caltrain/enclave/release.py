@@ -87,7 +87,7 @@ def link(run: Run, _message: Link) -> tuple[Done, RunState]:
             fix="Train again: the CenterNet, finite itself, overflows. The host may have made it so.",
         )
     run.linkage = _store(run, fingerprints, labels, lines)
-    run.references = references(run, fingerprints, labels, [reference for reference, _ in lines])
+    run.references = references(run, fingerprints, labels)
     root = merkle_root(sorted(commitment for _, commitment in lines))
     statement = LinkedModel(
         run=run.vault.run,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import msgspec
@@ -172,17 +171,26 @@ def test_a_class_without_records_to_compare_with_tells_no_distance(single: int, 
         assert [n.unusual is None for n in statement.neighbours] == [False, True]
 
 
-def test_copies_of_a_record_do_not_push_others_out_of_its_own_reference() -> None:
-    world = linked(records=12)
-    store, model = world.run.linkage, world.run.model_digest
-    assert store is not None
-    label = store.labels(model)[0]
-    (record, _, row), *_ = store.entries(model, label)
-    hits = store.nearest(row.float()[None], model=model, labels=[label], k=4)[0]
-    without = [hit for hit in hits if hit.record != record]
-    assert reference._others(hits, record) == [hit.distance for hit in without][:3]
-    copies = [dataclasses.replace(hit, distance=0.0) for hit in without] + [without[0]]
-    assert reference._others(copies, record) == [0.0, 0.0, 0.0]
+def test_copies_of_a_record_are_neighbours_of_it_and_it_is_not_its_own() -> None:
+    rows = torch.nn.functional.normalize(torch.randn(9, 16, generator=torch.Generator().manual_seed(1)), dim=1)
+    rows[4] = rows[7] = rows[2]
+    (found,) = reference._distances(rows[2:3], rows, k=4)
+    others = sorted(float((row - rows[2]).norm()) for row in rows)
+    assert found[:3] == [0.0, 0.0, 0.0]
+    assert found == pytest.approx(others[:4])
+
+
+@pytest.mark.parametrize(("at_once", "products"), [(64, 1 << 24), (2, 1 << 24), (64, 20)])
+def test_distances_are_exact_however_many_are_worked_out_at_once(
+    at_once: int, products: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reference, "_AT_ONCE", at_once)
+    monkeypatch.setattr(reference, "_PRODUCTS", products)
+    draw = torch.Generator().manual_seed(1)
+    rows, queries = (torch.nn.functional.normalize(torch.randn(n, 8, generator=draw), dim=1) for n in (30, 7))
+    expected = torch.cdist(queries.double(), rows.double()).sort(dim=1).values[:, :5]
+    assert torch.tensor(reference._distances(queries, rows, k=5)).numpy() == pytest.approx(expected.numpy(), abs=1e-6)
+    assert [len(row) for row in reference._distances(queries, rows[:3], k=5)] == [3] * 7
 
 
 # --- filters --------------------------------------------------------------------------------------------------------
