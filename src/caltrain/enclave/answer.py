@@ -47,7 +47,7 @@ def query(run: Run, message: Query) -> tuple[Done, State]:
     binding = run.vault.redeem(sealed, "query")
     question = open_message(sealed, Question, binding=binding, key=run.vault.encryption, step="query")
     inputs = _inputs(plan, question)
-    where = _where(plan, question)
+    where = _where(run, question)
     left = _spend(run, user, question)
     with torch.inference_mode():
         answers = _answer(run, question, inputs, where, user=user, nonce=sealed.nonce, left=left)
@@ -86,12 +86,17 @@ def _inputs(plan: Plan, question: Question) -> Tensor:
     return torch.from_numpy(array.copy())
 
 
-def _where(plan: Plan, question: Question) -> Where:
+def _where(run: Run, question: Question) -> Where:
     """Which records count. Filters are for traces, where the plan allows them, and for parties that it names."""
+    plan = present(run.plan)
     if (question.any_label or question.contributors) and not (plan.trace.filters and question.kind == "trace"):
         raise _denied("query.filters", "the question chooses classes or contributors", "query")
-    names = frozenset(plan.party(name).name for name in question.contributors)
-    return Where(contributors=names) if names else EVERYWHERE
+    if not question.contributors:
+        return EVERYWHERE
+    names = {plan.party(name).name for name in question.contributors}
+    parties = present(run.manifest).parties  # a party that only holds out has no record that could be named
+    linked = {party.name for party in parties if not all(shard.held_out for shard in party.shards)}
+    return Where(contributors=frozenset(names & linked))
 
 
 def _spend(run: Run, user: User, question: Question) -> int:

@@ -225,6 +225,17 @@ def test_the_nearest_of_a_contributor_are_found() -> None:
         assert of_all.contributors == ("alpha", "beta", "gamma")
 
 
+def test_a_contributor_that_only_holds_out_has_no_record_to_name() -> None:
+    world = World(epochs=1, change=FILTERS)
+    for shard in world.parties["beta"].shards:
+        shard.listed["held_out"] = True
+    world.run_to(State.LINKED)
+    (alone,) = traced(world, pictures(1, seed=5), contributors=("beta",))
+    assert alone.neighbours == ()
+    (both,) = traced(world, pictures(1, seed=5), contributors=("beta", "alpha"))
+    assert {n.record.party for n in both.neighbours} == {"alpha"}
+
+
 def test_a_filter_does_not_get_around_the_floor() -> None:
     change = tracing(filters=True, distance_step=0.001, distance_floor=1.0)
     world = linked(records=12, change=change)
