@@ -24,6 +24,7 @@ from caltrain.records.commitment import PartyName, RecordRef, ShardId
 from caltrain.records.quarantine import Repair
 from caltrain.records.schema import DataSchema, check_schema
 from caltrain.records.shard import MAX_SHARD_RECORDS
+from caltrain.records.shown import MAX_READERS
 from caltrain.training.augment import check_augment
 from caltrain.training.spec import CenterSpec, TrainingSpec
 
@@ -47,12 +48,16 @@ class Party(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
 
 
 class User(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """A model user: what they may ask of the enclave, and how often (one input is one question)."""
+    """A model user: what they may ask of the enclave, and how often (one input is one question).
+
+    `budget` is for the whole run; `per_hour` (0: no such bound) is how many may come at once, and in each hour then on.
+    """
 
     name: PartyName
     public_key: dsse.PublicKey
     may: Annotated[tuple[Right, ...], msgspec.Meta(min_length=1, max_length=2)]
     budget: Annotated[int, msgspec.Meta(ge=1, le=1_000_000_000)]
+    per_hour: Annotated[int, msgspec.Meta(ge=0, le=1_000_000_000)] = 0
 
 
 class EnclaveSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -61,12 +66,28 @@ class EnclaveSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     measurement: Measurement
 
 
+class Reader(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Somebody to whom records are disclosed: a user, a party or an auditor, with the key that they are sealed to."""
+
+    name: PartyName
+    encryption_key: HpkePublicKey
+
+
 class TraceSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """What a trace answers: neighbours, and the step to which distances are rounded."""
+    """What a trace answers: neighbours, and how their distances are told.
+
+    They are rounded to a step, and a distance shorter than that of the share `distance_floor` of clean queries is told
+    as theirs: else a distance near 0 tells that the input itself was trained on.
+    """
 
     neighbours: Annotated[int, msgspec.Meta(ge=1, le=100)] = 9
     distance_step: Annotated[float, msgspec.Meta(ge=0.001, le=1)] = 0.01
+    distance_floor: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.5
     suspicion_neighbours: Annotated[int, msgspec.Meta(ge=1, le=100)] = 20
+    filters: bool = False
+    """Users may ask for the nearest of any class, and of single contributors."""
+    disclose_to: Annotated[tuple[Reader, ...], msgspec.Meta(max_length=MAX_READERS)] = ()
+    """Disclosed records are sealed to these; without any, each contributor hands them to whom it will."""
 
 
 class ReleaseSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -251,7 +272,11 @@ def check_plan(plan: Plan) -> Plan:
     _check_cut_policy(plan)
     _check_repair(plan)
     people: list[Party | User] = [*plan.parties, *plan.users]
-    for kind, values in (("name", [p.name for p in people]), ("public_key", [p.public_key for p in people])):
+    for kind, values in (
+        ("name", [p.name for p in people]),
+        ("public_key", [p.public_key for p in people]),
+        ("name among readers", [reader.name for reader in plan.trace.disclose_to]),
+    ):
         repeated = [value for value, count in Counter(values).items() if count > 1]
         if repeated:
             raise ConfigError(

@@ -150,4 +150,5 @@ def _initial(plan: Plan) -> str | None:
 
 
 def _user(user: User) -> str:
-    return f"{user.name} may {' and '.join(user.may)}, {user.budget} inputs"
+    pace = f", at most {user.per_hour} an hour" if user.per_hour else ""
+    return f"{user.name} may {' and '.join(user.may)}, {user.budget} inputs{pace}"

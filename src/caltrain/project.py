@@ -18,7 +18,7 @@ from caltrain.attestation.verify import Policy
 from caltrain.errors import ConfigError
 from caltrain.files import write_whole
 from caltrain.participant.identity import Identity, create_identity
-from caltrain.plan import EnclaveSpec, Party, Plan, ReleaseSpec, Right, User, check_plan
+from caltrain.plan import EnclaveSpec, Party, Plan, Reader, ReleaseSpec, Right, TraceSpec, User, check_plan
 from caltrain.presets import STARTS, Preset, StartName
 
 DEFAULT_PARTIES = ["alder", "birch", "cedar", "dogwood"]
@@ -84,6 +84,10 @@ def create_project(
             ),
             enclave=EnclaveSpec(measurement=measurement),
             center=chosen.center,
+            # Those who trace see the records that are disclosed to them, and nobody who carries them does.
+            trace=TraceSpec(
+                disclose_to=tuple(Reader(name=i.name, encryption_key=i.reading_key().public) for i in asking.values())
+            ),
             release=ReleaseSpec(reveal_seed=reveal_seed),
         )
         policy = Policy(measurements=(measurement,), allow_simulated=True, simulated_roots=(operator.signer.public,))

@@ -101,10 +101,12 @@ def test_a_trace_of_the_run_is_verified_without_it(finished: Company) -> None:
         )
         named = answered.traces[0].neighbours[0].record
         owner = next(party for party in finished.parties if party.name == named.party)
-        envelope, commitment = disclose(owner, finished.plan, named)
+        envelope, commitment = disclose(owner, finished.plan, named, model=answered.answers.model)
         note_disclosure(client, owner, run=answered.traces[0].run, commitment=commitment)
-        bundle = collect_bundle(client, finished.plan, answered.envelopes[0], disclosures=[envelope])
-    verified = verify_bundle(bundle, plan_digest=finished.plan.digest())
+        bundle = collect_bundle(
+            client, finished.plan, answered.envelopes[0], evidence=answered.evidence, disclosures=[envelope]
+        )
+    verified = verify_bundle(bundle, plan_digest=finished.plan.digest(), policy=finished.policy)
     assert set(verified.records) == {named}
     assert chain_of(finished)[-1].kind == "disclosure"
 

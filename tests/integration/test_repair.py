@@ -167,9 +167,10 @@ def test_a_traced_record_is_left_out_and_anybody_can_check_it(tmp_path: Path) ->
     assert ran("host", "serve", *serve, code=10)["error"]["code"] == "given.missing"
     with served(*serve, "--auto-start", "--quarantine", out / "quarantine.json") as url:
         record = joined(company, url, plan, policy)
-        (envelope, *_) = traced(company, url, plan, policy).envelopes
+        answered = traced(company, url, plan, policy)
         with HostClient(url) as host:
-            (tmp_path / "bundle.json").write_bytes(msgspec.json.encode(collect_bundle(host, plan, envelope)))
+            bundle = collect_bundle(host, plan, answered.envelopes[0], evidence=answered.evidence)
+        (tmp_path / "bundle.json").write_bytes(msgspec.json.encode(bundle))
     state = decode_state(
         (run_folder(company.parties[1], record.manifest.run) / "model.safetensors").read_bytes(), step=""
     )

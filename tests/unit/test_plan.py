@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from caltrain import plan as plans
 from caltrain.crypto.digests import canonical_json, digest
+from caltrain.crypto.hpke import HpkePrivateKey
 from caltrain.errors import AccessError, CaltrainError, ConfigError, DataError, IntegrityError
 from caltrain.exposure.policy import check_policy
 from caltrain.models.spec import inner_weights
@@ -39,7 +40,7 @@ from caltrain.records.shard import key_id
 from support.samples import DATA_KEY, MEASUREMENT, PLAN, SHARD, plan, quick, refused, signer
 
 SMALL = plan()
-DIGEST = "sha256:b0ccf944c3bbd321bfe80ae96286afd4bbcc35866db312d25781463f0aa2b7a6"
+DIGEST = "sha256:50a6c88a4c0cff232de999473d3b948fb609dd3a3fc8efcb4bfa52e38629fed4"
 
 # The same plan, written otherwise: other order, inline tables, comments, defaults spelled out, 1 for 1.0.
 REWRITTEN = f"""
@@ -280,6 +281,17 @@ def test_what_is_no_repair_is_refused(wrong: dict[str, Any]) -> None:
         parse_plan(toml(PLAN | {"repair": REPAIR | wrong}))
 
 
+def test_readers_are_in_the_digest() -> None:
+    other = READER | {"encryption_key": HpkePrivateKey(b"1" * 32).public}
+    traces: list[list[dict[str, str]]] = [[], [READER], [other], [READER, other | {"name": "pat"}]]
+    assert len({plan(trace={"neighbours": 5, "disclose_to": each}).digest() for each in traces}) == len(traces)
+
+
+def test_no_two_readers_have_one_name() -> None:
+    with refused(ConfigError, "plan.duplicate"):
+        parse_plan(toml(PLAN | {"trace": {"disclose_to": [READER, READER]}}))
+
+
 def test_the_order_of_lists_is_in_the_digest() -> None:
     assert plan(parties=PLAN["parties"][::-1]).digest() != DIGEST
     assert plan(data=PLAN["data"] | {"classes": ["dog", "cat", "owl"]}).digest() != DIGEST
@@ -329,6 +341,7 @@ def test_a_missing_key_is_refused(path: Path) -> None:
         parse_plan(toml(fields))
 
 
+READER = {"name": "una", "encryption_key": HpkePrivateKey(bytes(32)).public}
 INVALID: dict[str, tuple[Path, object]] = {
     "version 2": (("version",), 2),
     "no name": (("name",), ""),
@@ -352,6 +365,16 @@ INVALID: dict[str, tuple[Path, object]] = {
     "measurement with a line end": (("enclave", "measurement"), MEASUREMENT + "\n"),
     "no neighbours": (("trace", "neighbours"), 0),
     "distances not rounded": (("trace", "distance_step"), 0.0),
+    "a floor below none": (("trace", "distance_floor"), -0.01),
+    "a floor above all": (("trace", "distance_floor"), 1.01),
+    "a floor that is no number": (("trace", "distance_floor"), float("nan")),
+    "a reader without a key": (("trace", "disclose_to"), [{"name": "una"}]),
+    "a reader with a signing key": (
+        ("trace", "disclose_to"),
+        [{"name": "una", "encryption_key": signer("una").public}],
+    ),
+    "too many readers": (("trace", "disclose_to"), [READER] * 65),
+    "a negative pace": (("users", 0, "per_hour"), -1),
     "too many neighbours for suspicion": (("trace", "suspicion_neighbours"), 101),
     "text for a boolean": (("release", "reveal_seed"), "yes"),
     "no epochs": (("training", "epochs"), 0),
@@ -557,7 +580,7 @@ OTHER_MANIFEST = msgspec.structs.replace(MANIFEST, run="cd" * 16)
 
 
 def test_known_manifest() -> None:
-    assert MANIFEST.digest() == "sha256:451ae99747184d7832bf6b2274a27836b9de6312856181e7f96482971806df8f"
+    assert MANIFEST.digest() == "sha256:a6add650778996d9e45268628835f7afd4fa8858c85d70a30e0e080779ad33d4"
     assert MANIFEST.records() == 24
 
 

@@ -117,3 +117,11 @@ def test_a_wheel_is_told_with_what_it_means() -> None:
     model = msgspec.structs.replace(plan().model, wheel=Wheel(sha256=DIGEST, factory="mystages:build"))
     said = f"{DIGEST}, mystages:build: its code runs inside: read it before approving"
     assert summarise(plan(model=model)).wheel == said
+
+
+def test_a_users_pace_is_said() -> None:
+    slow = tuple(msgspec.structs.replace(user, per_hour=12) for user in plan().users)
+    assert summarise(plan(users=slow)).users == (
+        "una may predict and trace, 70 inputs, at most 12 an hour",
+        "pat may predict, 70 inputs, at most 12 an hour",
+    )

@@ -13,6 +13,7 @@ from typing import Annotated, Literal, TypeVar
 
 import msgspec
 
+from caltrain.accountability.reference import Basis
 from caltrain.attestation.evidence import Binding, Nonce
 from caltrain.crypto import dsse, hpke
 from caltrain.crypto.aead import KEY_BYTES, seal, unseal
@@ -20,7 +21,7 @@ from caltrain.crypto.decoders import msgpack_decoder
 from caltrain.crypto.digests import Digest, canonical_json, digest
 from caltrain.crypto.kdf import derive
 from caltrain.errors import UNDECODABLE, IntegrityError
-from caltrain.plan import MAX_SHARDS, ManifestShard, Right
+from caltrain.plan import MAX_PARTIES, MAX_SHARDS, ManifestShard, Right
 from caltrain.records.commitment import PartyName, RecordRef, ShardId
 
 MAX_SEALED = 48 << 20
@@ -63,25 +64,42 @@ class ProvisionReceipt(msgspec.Struct, frozen=True, forbid_unknown_fields=True, 
 
 
 class Question(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """A user's inputs: `count` arrays of the plan's shape and element type, concatenated; a key for the answer."""
+    """A user's inputs: `count` arrays of the plan's shape and element type, concatenated; a key for the answer.
+
+    Traces look at the predicted class, or with `any_label` at all; at all `contributors`, or at these.
+    """
 
     kind: Right
     count: Annotated[int, msgspec.Meta(ge=1, le=MAX_QUESTIONS)]
     inputs: bytes
     answer_key: Key
+    any_label: bool = False
+    contributors: Annotated[tuple[PartyName, ...], msgspec.Meta(max_length=MAX_PARTIES)] = ()
 
 
 class Neighbour(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """One traced record: where it is, how far (a multiple of the plan's distance step), its commitment."""
+    """One traced record: where it is, its label, how far at most, its commitment.
+
+    `distance` is a multiple of the plan's step, and no less than the plan's floor has it. `unusual` is the share of
+    clean queries whose neighbour of this rank is at most as far, in steps of 0.01: near 1 for an input that lies
+    farther from its class than clean ones do, None where there is nothing to compare with. It follows from the distance
+    as it is told, so it tells no more of it.
+    """
 
     rank: int
     record: RecordRef
+    label: int
     distance: float
     commitment: Digest
+    unusual: float | None
 
 
 class TraceStatement(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """What the enclave signs about one traced input (DSSE kind `trace`). `head` is the chain's when it was asked."""
+    """What the enclave signs about one traced input (DSSE kind `trace`). `head` is the chain's when it was asked.
+
+    Where fewer records count than the plan has neighbours, all of them are named: none where the class is empty.
+    `basis` says which clean queries a distance is compared with, `references` how many.
+    """
 
     run: ShardId
     model: Digest
@@ -91,7 +109,11 @@ class TraceStatement(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     input_commitment: Digest
     head: Digest
     predicted: int
+    any_label: bool
+    contributors: tuple[PartyName, ...]
     neighbours: tuple[Neighbour, ...]
+    basis: Basis
+    references: int
     audit_rate: float
     """Share of the center's steps that the enclave repeated in training; 0: center not audited."""
     resumes: int
@@ -138,6 +160,11 @@ class DisclosureNote(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     run: ShardId
     party: PartyName
     commitment: Digest
+
+
+def commit_input(nonce: str, elements: bytes) -> str:
+    """What a trace says of its input. The nonce is the user's own: with it and the input they show which one it was."""
+    return digest("input/v1", bytes.fromhex(nonce), elements)
 
 
 def transcript_digest(binding: Binding, sender: str) -> str:

@@ -175,9 +175,9 @@ class LinkageStore:
             for name in [name for name in self._shelves if name[0] == model]:
                 del self._shelves[name]
 
-    def count(self, model: str, label: int) -> int:
-        """Records of a class."""
-        return sum(len(shelf) for shelf in self.shelves(model, [label]))
+    def count(self, model: str, label: int, *, where: Where = EVERYWHERE) -> int:
+        """Records of a class that count."""
+        return sum(_counted(shelf, self._keep(shelf, where)) for shelf in self.shelves(model, [label]))
 
     def nbytes(self, model: str) -> int:
         """Memory of the model's classes that are loaded."""
@@ -194,7 +194,7 @@ class LinkageStore:
         wanted = self.labels(model) if labels is None else tuple(labels)
         shelves = [(label, shelf) for label in wanted for shelf in self.shelves(model, [label])]
         keep = [self._keep(shelf, where) for _, shelf in shelves]
-        there = sum(len(s) if mask is None else int(mask.sum()) for (_, s), mask in zip(shelves, keep, strict=True))
+        there = sum(_counted(shelf, mask) for (_, shelf), mask in zip(shelves, keep, strict=True))
         if not there:
             raise _refuse("linkage.empty-class", f"no record of the classes {list(wanted)[:9]} counts")
         if k > there:
@@ -259,6 +259,10 @@ class LinkageStore:
     def _removed(self, model: str) -> Removed:
         removals = [header for header in self._segments.headers if header.model == model and header.removed]
         return Removed.of((self._sources.keys(header.removed), header.number) for header in removals)
+
+
+def _counted(shelf: Shelf, keep: Tensor | None) -> int:
+    return len(shelf) if keep is None else int(keep.sum())
 
 
 def _refuse(code: str, what: str) -> DataError:

@@ -16,6 +16,7 @@ from caltrain.crypto.digests import canonical_json, digest
 from caltrain.crypto.merkle import merkle_root
 from caltrain.enclave.ingest import lineage, unpack
 from caltrain.enclave.linkage import LinkageStore
+from caltrain.enclave.reference import references
 from caltrain.enclave.run import Run, present
 from caltrain.enclave.run import State as RunState
 from caltrain.enclave.segments import Place
@@ -87,6 +88,7 @@ def link(run: Run, _message: Link) -> tuple[Done, RunState]:
             fix="Train again: the CenterNet, finite itself, overflows. The host may have made it so.",
         )
     run.linkage = _store(run, fingerprints, labels, lines)
+    run.references = references(run, fingerprints, labels)
     root = merkle_root(sorted(commitment for _, commitment in lines))
     statement = LinkedModel(
         run=run.vault.run,

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TypeVar
 
 from torch import Tensor
 
+from caltrain.accountability.reference import Reference
 from caltrain.enclave.audit import Audit
 from caltrain.enclave.door import Door
 from caltrain.enclave.linkage import LinkageStore
@@ -100,6 +102,14 @@ class Resuming:
     words: dict[str, tuple[str, bytes]] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Bucket:
+    """How many inputs a user could ask about at a time of the enclave's clock, in seconds."""
+
+    level: float
+    at: float
+
+
 @dataclass
 class Run:
     """Everything that a run knows; optional fields fill as it moves on."""
@@ -127,9 +137,18 @@ class Run:
     model: Network | None = None
     model_digest: str = ""
     linkage: LinkageStore | None = None
+    references: dict[int, Reference] = field(default_factory=dict)
+    """By class, how far clean queries are from its records."""
     spent: dict[str, int] = field(default_factory=dict)
+    buckets: dict[str, Bucket] = field(default_factory=dict)
+    clock: Callable[[], float] = time.monotonic
+    """Seconds. The host can hold the clock of a machine, or speed it: only `spent` is a bound against it."""
+    started: float = 0.0
     resuming: Resuming | None = None
     pending: list[tuple[EventKind, dict[str, object]]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.started = self.clock()
 
     def record(self, kind: EventKind, body: dict[str, object]) -> None:
         """Note an event; the session signs it into the chain once the request has succeeded."""

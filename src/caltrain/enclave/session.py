@@ -26,6 +26,7 @@ either.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -97,10 +98,18 @@ TABLE: dict[tuple[State, type], tuple[Handler, frozenset[State]]] = {
 _HARMLESS = frozenset({State.NEW, State.ENROLLING, State.RESUMING, State.AGREEING, State.ASSESSING, State.LINKED})
 
 
-def enclave_main(channel: Channel, attester: Attester, storage: Channel | None = None, *, wheel: bytes = b"") -> None:
-    """Serve requests until `Stop` or the end of the stream (which raises EnvironmentFault)."""
+def enclave_main(
+    channel: Channel,
+    attester: Attester,
+    storage: Channel | None = None,
+    *,
+    wheel: bytes = b"",
+    clock: Callable[[], float] = time.monotonic,
+) -> None:
+    """Serve requests until `Stop` or the end of the stream (which raises EnvironmentFault). `clock` gives seconds."""
     vault = Vault(attester)
-    run = Run(vault=vault, door=Door(channel, storage), chain=Chain(vault.signing, run=vault.run), wheel=wheel)
+    chain = Chain(vault.signing, run=vault.run)
+    run = Run(vault=vault, door=Door(channel, storage), chain=chain, wheel=wheel, clock=clock)
     while run.state is not State.STOPPED:
         request = channel.receive(REQUESTS)
         channel.send(handle(run, request))

@@ -28,7 +28,7 @@ from caltrain.provenance.statements import LinkedModel
 from caltrain.records.commitment import RecordRef
 from caltrain.records.disclosure import Disclosure
 from caltrain.training.spec import CenterSpec, InitialWeights
-from support.folders import signed_manifest
+from support.folders import policy_of, signed_manifest
 from support.repairs import repaired
 from support.samples import refused
 from support.scripted_host import ScriptedHost
@@ -50,6 +50,7 @@ def disclosed(world: World, reference: RecordRef, **changes: Any) -> Envelope:
     leaves = [shard.commitment(leaf) for leaf in range(len(shard.records))]
     honest = Disclosure(
         record_ref=reference,
+        model=world.run.model_digest,
         records=len(leaves),
         salt=b64(shard.salts[reference.leaf]),
         record=b64(shard.records[reference.leaf]),
@@ -63,7 +64,9 @@ class Audit:
 
     def __init__(self, world: World | None = None) -> None:
         self.world = world or finished_world()
-        asked = self.world.question("trace", pictures(1, seed=11))
+        self.input = pictures(1, seed=11)
+        asked = self.world.question("trace", self.input)
+        self.evidence, self.policy = asked.bundle, policy_of(self.world)
         answers = asked.open(self.world.done(m.Query("una", asked.envelope)).sealed["una"])
         self.signing = self.world.run.vault.signing
         self.trace = open_envelope(answers.traces[0], "trace", self.signing.public, TraceStatement, step="test")
@@ -74,13 +77,14 @@ class Audit:
                 client,
                 self.world.plan,
                 answers.traces[0],
+                evidence=asked.bundle,
                 disclosures=[disclosed(self.world, reference) for reference in self.named[:2]],
             )
 
     def verify(self, head: str | None = None, **changes: Any) -> Verified:
         """Check the bundle, with changes."""
         changed = msgspec.structs.replace(self.bundle, **changes)
-        return verify_bundle(changed, plan_digest=self.world.plan.digest(), head=head)
+        return verify_bundle(changed, plan_digest=self.world.plan.digest(), head=head, policy=self.policy)
 
     def refused(self, family: type[CaltrainError], code: str, **changes: Any) -> None:
         """With these changes the bundle is refused."""
@@ -144,13 +148,16 @@ def test_a_bundle_of_a_run_from_public_weights_says_so(audit: Audit) -> None:
         chain.append("manifest", {"manifest": manifest.digest()}),
         chain.append("link", {"model": world.run.model_digest}),
     )
+    head, asked = chain.head, chain.append("query", {"user": "una", "model": world.run.model_digest})
+    binding = msgspec.structs.replace(audit.evidence.binding, plan=plan.digest())
     bundle = msgspec.structs.replace(
         audit.bundle,
         plan=plan,
         manifest=signing.sign("run-manifest", manifest),
         countersignatures={name: party.countersign(manifest) for name, party in world.parties.items()},
-        trace=audit.retraced(head=chain.head),
-        chain=events,
+        trace=audit.retraced(head=head),
+        evidence=msgspec.structs.replace(audit.evidence, binding=binding),
+        chain=(*events, asked),
     )
     assert verify_bundle(bundle, plan_digest=plan.digest()).front_public
 
@@ -459,7 +466,9 @@ def test_no_byte_of_a_bundle_can_be_another_one(audit: Audit, tmp_path: Path) ->
         changed[at] ^= 1 << bit
         path.write_bytes(changed)
         with pytest.raises(CaltrainError) as caught:
-            verify_bundle(read_bundle(path), plan_digest=audit.world.plan.digest(), head=audit.head)
+            verify_bundle(
+                read_bundle(path), plan_digest=audit.world.plan.digest(), head=audit.head, policy=audit.policy
+            )
         assert caught.value.code, (at, bit)
 
 
@@ -502,7 +511,7 @@ def test_garbage_is_not_collected(audit: Audit, name: str, garbage: bytes) -> No
     host = ScriptedHost(audit.world)
     host.edit[f"/v1/artifacts/{name}"] = lambda _: garbage
     with host.client() as client, refused(IntegrityError, "envelope.malformed"):
-        collect_bundle(client, audit.world.plan, audit.bundle.trace)
+        collect_bundle(client, audit.world.plan, audit.bundle.trace, evidence=audit.evidence)
 
 
 def test_a_manifest_without_form_or_an_artifact_that_is_missing_is_named(audit: Audit) -> None:
@@ -510,7 +519,7 @@ def test_a_manifest_without_form_or_an_artifact_that_is_missing_is_named(audit: 
         host = ScriptedHost(audit.world)
         host.edit[path] = lambda _: httpx.Response(404, content=b"<html>")
         with host.client() as client, refused(ProtocolError, "host.garbage"):
-            collect_bundle(client, audit.world.plan, audit.bundle.trace)
+            collect_bundle(client, audit.world.plan, audit.bundle.trace, evidence=audit.evidence)
 
 
 def test_the_collected_manifest_is_the_enclaves(audit: Audit) -> None:

@@ -27,6 +27,7 @@ COMMANDS = {
     ("party", "seal"),
     ("party", "join"),
     ("party", "disclose"),
+    ("party", "reader"),
     ("host", "serve"),
     ("train", "run"),
     ("train", "resume"),

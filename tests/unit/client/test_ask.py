@@ -114,6 +114,12 @@ def test_a_trace_is_signed_and_of_this_very_input(asking: Asking) -> None:
         assert len(trace.neighbours) > 0
 
 
+def test_the_evidence_is_kept_for_a_dispute(asking: Asking) -> None:
+    answered = asking.ask("trace", pictures(1, seed=2))
+    assert answered.evidence.binding.nonce == answered.traces[0].nonce
+    assert answered.evidence.binding.signing_key == asking.world.manifest.enclave_signing_key
+
+
 def test_what_crosses_holds_no_input(asking: Asking) -> None:
     inputs = pictures(2, seed=3)
     asking.ask("predict", inputs)
@@ -334,6 +340,8 @@ ANSWERS: dict[str, tuple[Callable[[Answers, Forger], Answers], str]] = {
     "with a trace of another input": (retraced(input_commitment=OTHER), "answer.mismatch"),
     "with a trace of another place": (retraced(index=2), "answer.mismatch"),
     "with a trace of another class": (retraced(predicted=99), "answer.mismatch"),
+    "with a trace of any class": (retraced(any_label=True), "answer.mismatch"),
+    "with a trace of one contributor": (retraced(contributors=("beta",)), "answer.mismatch"),
     "with a trace that somebody else signed": (retraced(signer=SigningKey()), "signature.invalid"),
 }
 

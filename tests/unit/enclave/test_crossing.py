@@ -45,7 +45,8 @@ BOTH: dict[str, str] = {
     "resume": "read checkpoint, read chain.jsonl, answer at, answer center_seed, answer front, answer state, "
     "event resume",
     "release": "ask commit, ask show, read center-state, answer sealed, answer signed, event release",
-    "link": "read pool, write linkage, read linkage, tell link, answer sealed, answer signed, event link",
+    "link": "read pool, read held-out, write linkage, read linkage, tell link, answer sealed, answer signed, "
+    "event link",
     "questions": "answer sealed, event query, event disclosure",
     "failure": "answer error, event stopped",
 }
