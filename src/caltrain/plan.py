@@ -32,7 +32,7 @@ MAX_RELEASE = 48 << 20
 """Bytes of all sealed parts together: they leave the enclave in one frame."""
 
 Measurement = Annotated[str, msgspec.Meta(pattern=r"^sha384:[0-9a-f]{96}\Z")]
-Right = Literal["predict", "trace"]
+Right = Literal["predict", "trace", "verdict"]
 T = TypeVar("T")
 
 
@@ -49,7 +49,7 @@ class User(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
 
     name: PartyName
     public_key: dsse.PublicKey
-    may: Annotated[tuple[Right, ...], msgspec.Meta(min_length=1, max_length=2)]
+    may: Annotated[tuple[Right, ...], msgspec.Meta(min_length=1, max_length=3)]
     budget: Annotated[int, msgspec.Meta(ge=1, le=1_000_000_000)]
 
 
@@ -60,11 +60,13 @@ class EnclaveSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
 
 
 class TraceSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """What a trace answers: neighbours, and the step to which distances are rounded."""
+    """What a trace answers: neighbours, and the step to which distances are rounded; what the hunt tells a party."""
 
     neighbours: Annotated[int, msgspec.Meta(ge=1, le=100)] = 9
     distance_step: Annotated[float, msgspec.Meta(ge=0.001, le=1)] = 0.01
     suspicion_neighbours: Annotated[int, msgspec.Meta(ge=1, le=100)] = 20
+    share_quality: bool = False
+    """Every party learns the estimated share of wrong labels of all; else of its own records alone."""
 
 
 class ReleaseSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

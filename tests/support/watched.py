@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import msgspec
 from torch import Tensor
@@ -23,7 +23,7 @@ from caltrain.enclave.pool import PoolShape
 from caltrain.enclave.run import State
 from caltrain.exposure.policy import Bound, Policy
 from caltrain.models.spec import Partition
-from caltrain.plan import CutApproval, ExposureSpec, Plan
+from caltrain.plan import CutApproval, ExposureSpec, Plan, Right
 from caltrain.training.spec import CenterSpec
 from support.members import Pixels
 from support.tiny import pictures
@@ -35,6 +35,7 @@ _PHASES: dict[type, str] = {
     m.Vote: "assessment",
     m.Train: "training",
     m.MoveCut: "cut",
+    m.Hunt: "hunt",
     m.Release: "release",
     m.Link: "link",
     m.Query: "questions",
@@ -208,7 +209,7 @@ def _live(world: Watched) -> Watched:
     world.take_up()
     world.run_to(State.LINKED)
     inputs: Pixels = pictures(3, seed=9)
-    for kind in ("predict", "trace"):
+    for kind in get_args(Right):
         asked = world.question(kind, inputs)
         world.done(m.Query(asked.user, asked.envelope))
     party = world.parties["alpha"]

@@ -1,4 +1,4 @@
-"""Questions of model users: predict and trace, sealed in both directions, each input counted against a budget."""
+"""Questions of model users: predict, trace, verdict, sealed in both directions, each input counted against a budget."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from caltrain.crypto.digests import canonical_json, digest, to_raw, to_text
 from caltrain.crypto.dsse import Envelope, open_envelope
 from caltrain.enclave.linkage import Hit
 from caltrain.enclave.run import Run, State, present
+from caltrain.enclave.verdict import padded, verdict
 from caltrain.errors import AccessError, DataError, IntegrityError
 from caltrain.models.network import features_and_logits
 from caltrain.plan import Plan, User
@@ -56,7 +57,8 @@ def query(run: Run, message: Query) -> tuple[Done, State]:
 
 
 def _public(answers: Answers) -> dict[str, object]:
-    return {"model": answers.model, "predicted": answers.predicted, "traces": [t.payload for t in answers.traces]}
+    public: dict[str, object] = {"model": answers.model, "predicted": answers.predicted, "traces": [t.payload for t in answers.traces]}
+    return public | ({"verdict": answers.verdict.payload} if answers.verdict else {})
 
 
 def _inputs(plan: Plan, question: Question) -> Tensor:
@@ -113,12 +115,21 @@ def _answer(run: Run, question: Question, inputs: Tensor, *, user: User, nonce: 
     if question.kind == "predict":
         table = tuple(tuple(round(float(s), 6) for s in row) for row in probabilities)
         return Answers(model=run.model_digest, predicted=predicted, scores=table, budget_left=left)
+    commitments = [_commitment(nonce, x) for x in inputs]
+    if question.kind == "verdict":
+        signed = verdict(run, embeddings, predicted=predicted, user=user.name, nonce=nonce, inputs=commitments)
+        return padded(run, Answers(model=run.model_digest, predicted=predicted, verdict=signed, budget_left=left))
     hits = _nearest(run, embeddings, predicted)
     traces = tuple(
-        _trace(run, plan, hits[i], label, bytes(inputs[i].numpy().tobytes()), user=user, nonce=nonce, index=i)
+        _trace(run, plan, hits[i], label, commitments[i], user=user, nonce=nonce, index=i)
         for i, label in enumerate(predicted)
     )
     return Answers(model=run.model_digest, predicted=predicted, traces=traces, budget_left=left)
+
+
+def _commitment(nonce: str, pixels: Tensor) -> str:
+    """The nonce is the user's own: with input and nonce they can show later which input a statement is of."""
+    return digest("input/v1", bytes.fromhex(nonce), pixels.numpy().tobytes())
 
 
 def _nearest(run: Run, embeddings: Tensor, predicted: Sequence[int]) -> list[list[Hit]]:
@@ -136,7 +147,7 @@ def _nearest(run: Run, embeddings: Tensor, predicted: Sequence[int]) -> list[lis
 
 
 def _trace(
-    run: Run, plan: Plan, hits: Sequence[Hit], label: int, pixels: bytes, *, user: User, nonce: str, index: int
+    run: Run, plan: Plan, hits: Sequence[Hit], label: int, commitment: str, *, user: User, nonce: str, index: int
 ) -> Envelope:
     """Sign the ranked records, with no more precision than the plan allows."""
     step = plan.trace.distance_step
@@ -155,8 +166,7 @@ def _trace(
         user=user.name,
         nonce=nonce,
         index=index,
-        # The nonce is the user's own: with input and nonce they can show later which input this trace is of.
-        input_commitment=digest("input/v1", bytes.fromhex(nonce), pixels),
+        input_commitment=commitment,
         head=run.chain.head,
         predicted=label,
         neighbours=neighbours,

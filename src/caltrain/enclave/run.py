@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from torch import Tensor
 
@@ -23,6 +23,9 @@ from caltrain.provenance.chain import Chain, EventKind
 from caltrain.training.seeds import RunSeeds
 from caltrain.training.zone import Zone
 
+if TYPE_CHECKING:  # what a run keeps may itself be made from a run
+    from caltrain.enclave.contents import Contents, Passed
+
 T = TypeVar("T")
 Batch = tuple[Tensor, Tensor]
 
@@ -38,6 +41,7 @@ class State(StrEnum):
     READY = "ready"
     ASSESSING = "assessing"
     TRAINED = "trained"
+    HUNTED = "hunted"
     RELEASED = "released"
     LINKED = "linked"
     STOPPED = "stopped"
@@ -126,6 +130,9 @@ class Run:
     batches: Iterator[Batch] | None = None
     model: Network | None = None
     model_digest: str = ""
+    passed: Passed | None = None
+    """What the pass over all records found: it waits for the link."""
+    contents: Contents | None = None
     linkage: LinkageStore | None = None
     spent: dict[str, int] = field(default_factory=dict)
     resuming: Resuming | None = None
@@ -134,6 +141,11 @@ class Run:
     def record(self, kind: EventKind, body: dict[str, object]) -> None:
         """Note an event; the session signs it into the chain once the request has succeeded."""
         self.pending.append((kind, body))
+
+    def record_once(self, kind: EventKind, body: dict[str, object]) -> None:
+        """Note an event, unless the chain holds it: a run that was taken up again does what it did."""
+        if not self.chain.holds(kind, body):
+            self.record(kind, body)
 
     @property
     def seeds(self) -> RunSeeds:

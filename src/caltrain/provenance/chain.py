@@ -33,6 +33,7 @@ EventKind = Literal[
     "checkpoint",
     "resume",
     "stopped",
+    "hunt",
     "release",
     "link",
     "query",

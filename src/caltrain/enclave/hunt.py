@@ -1,0 +1,113 @@
+"""The hunt: before the model leaves, every record passes it once, and each party learns what is suspicious of its own.
+
+What the pass finds waits for the link, so no record is read for it again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from caltrain.accountability.cases import Links
+from caltrain.accountability.labels import LabelFindings, examine
+from caltrain.accountability.neighbours import label_disagreement
+from caltrain.accountability.scans import activation_clusters, spectral
+from caltrain.boundary.messages import Done, Hunt
+from caltrain.boundary.sealed import Scan, SuspicionReport, seal_for
+from caltrain.enclave.contents import Contents, Learning, Passed, not_finite
+from caltrain.enclave.ingest import contributors_of, lineage, unpack
+from caltrain.enclave.run import Run, State, present
+from caltrain.enclave.zones import joined, same_center, shown_center
+from caltrain.exposure.figures import Estimate
+from caltrain.models.network import features_and_logits
+from caltrain.models.weights import model_digest, state_of
+from caltrain.plan import ManifestParty
+from caltrain.training.batches import center_crop, normalise
+
+_BATCH = 256
+Scores = Mapping[Scan, Tensor]
+
+
+def hunt(run: Run, _message: Hunt) -> tuple[Done, State]:
+    """Join the zones, pass all records, scan them; seal to each party what was found of its own."""
+    plan, manifest, course = present(run.plan), present(run.manifest), present(run.course)
+    same_center(run)
+    model = joined(run, shown_center(run, (course.epoch, course.step), course.center))
+    run.model, run.model_digest = model, model_digest(plan.model, state_of(model))
+    run.passed, run.contents = _pass(run)
+    names = tuple(party.name for party in manifest.parties)
+    links = Links(run.passed.fingerprints, run.passed.labels, run.passed.sources, names)
+    findings = examine(links, run.contents)
+    scores: Scores = {
+        "disagreement": label_disagreement(links.fingerprints, links.labels, k=plan.trace.suspicion_neighbours),
+        "labels": findings.suspicion,
+        "spectral": spectral(links),
+        "clusters": activation_clusters(links),
+    }
+    sealed = _reports(run, scores, _shares(run, findings))
+    body: dict[str, object] = {"model": run.model_digest, "records": len(links.labels), "scans": sorted(scores)}
+    run.record_once("hunt", body)
+    return Done(sealed=sealed), State.HUNTED
+
+
+def _pass(run: Run) -> tuple[Passed, Contents]:
+    """Every record through the model and past the witness, without augmentation."""
+    plan, manifest, pool, model = present(run.plan), present(run.manifest), present(run.pool), present(run.model)
+    learning = Learning(pool, plan.data, contributors=len(manifest.parties), seed=run.seed)
+    features, labels, sources = [], [], []
+    passed = Passed(torch.empty(0), torch.empty(0), torch.empty(0), [])
+    # Blocks follow the last permutation, so the order of access tells nothing of whose record is where.
+    for start in range(0, pool.shape.records, pool.shape.block):
+        rows = pool.rows(start, min(start + pool.shape.block, pool.shape.records))
+        elements, own_labels = unpack(rows, plan.data)
+        with torch.inference_mode():
+            for part in torch.split(elements, _BATCH):
+                x = center_crop(part, plan.model.size)
+                x = normalise(x, plan.data, channels_last=plan.training.channels_last)
+                features.append(features_and_logits(model, plan.model, x)[0])
+        learning.add(rows, elements, own_labels)
+        labels.append(own_labels)
+        sources.append(contributors_of(rows))
+        passed.lines.extend(lineage(rows, manifest))
+        run.door.progress("hunt", start + len(rows), pool.shape.records)
+    fingerprints = torch.cat(features)
+    if not bool(fingerprints.isfinite().all()):
+        raise not_finite("features")
+    return Passed(fingerprints, torch.cat(labels), torch.cat(sources), passed.lines), learning.done()
+
+
+def _shares(run: Run, findings: LabelFindings) -> dict[str, Estimate]:
+    """By party, its estimated share of wrong labels."""
+    parties = present(run.manifest).parties
+    return {
+        party.name: Estimate(round(own.share, 3), round(own.low, 3), round(own.high, 3), _records(party))
+        for party, own in zip(parties, findings.shares, strict=True)
+    }
+
+
+def _records(party: ManifestParty) -> int:
+    return sum(shard.records for shard in party.shards if not shard.held_out)
+
+
+def _reports(run: Run, scores: Scores, shares: Mapping[str, Estimate]) -> dict[str, bytes]:
+    """Sealed to each party, of its own records: suspicion by each scan; the shares that the plan lets it see."""
+    plan, lines = present(run.plan), present(run.passed).lines
+    place = {(record.party, record.shard, record.leaf): row for row, (record, _) in enumerate(lines)}
+    steps = {scan: (own.clamp(0, 1) * 1000).round().numpy().astype("<u2") for scan, own in scores.items()}
+    sealed: dict[str, bytes] = {}
+    for party in present(run.manifest).parties:
+        rows = {
+            shard.shard: [place[party.name, shard.shard, leaf] for leaf in range(shard.records)]
+            for shard in party.shards
+            if not shard.held_out
+        }
+        report = SuspicionReport(
+            model=run.model_digest,
+            scores={scan: {shard: own[at].tobytes() for shard, at in rows.items()} for scan, own in steps.items()},
+            wrong_labels={n: share for n, share in shares.items() if plan.trace.share_quality or n == party.name},
+        )
+        key = run.vault.parties[party.name].data_key
+        sealed[party.name] = seal_for(key, "suspicion/v1", report, context=run.vault.run)
+    return sealed
