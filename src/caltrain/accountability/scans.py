@@ -11,7 +11,7 @@ from caltrain.accountability.cases import Links
 def spectral(links: Links) -> Tensor:
     """(N,) in 0..1: how far along its class's main direction a record lies (Tran et al. 2018)."""
     scores = torch.zeros(len(links.labels))
-    for label in links.labels.unique():
+    for label in torch.unique(links.labels).tolist():
         rows = (links.labels == label).nonzero().squeeze(1)
         away = links.fingerprints[rows] - links.fingerprints[rows].mean(0)
         axis = torch.linalg.svd(away, full_matrices=False)[2][0]

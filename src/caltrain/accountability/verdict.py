@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from caltrain.accountability.cases import Blame, Links, Mispredictions, Suspects, Verdict, Witness
+from caltrain.accountability.cases import Blame, Kind, Links, Mispredictions, Suspects, Verdict, Witness
 from caltrain.accountability.neighbours import nearest_in_class
 
 _NEAR = 9
@@ -18,7 +18,7 @@ def judge(links: Links, mispredictions: Mispredictions, witness: Witness) -> Ver
         nearest_in_class(q, label=int(y), fingerprints=links.fingerprints, labels=links.labels, k=_NEAR)[0]
         for q, y in zip(mispredictions.fingerprints, mispredictions.predicted, strict=True)
     ]
-    rows = torch.cat(found).unique()
+    rows = torch.unique(torch.cat(found))
     own = witness.testify(rows, without=frozenset())[torch.arange(len(rows)), links.labels[rows]]
     rows = rows[own.argsort()]
     blames = []
@@ -33,7 +33,11 @@ def judge(links: Links, mispredictions: Mispredictions, witness: Witness) -> Ver
         outcome="responsible" if named else "cannot-tell",
         contributors=named,
         blames=tuple(blames),
-        kinds=("hard",) * len(found),
+        kinds=tuple(_hard() for _ in found),
         suspects=Suspects(rows, 0.5 if named else 0.0, 0.0, 1.0),
         reason="nearest records against shares of the data",
     )
+
+
+def _hard() -> Kind:
+    return "hard"

@@ -13,6 +13,7 @@ It does not show that the enclave was genuine: that is what the parties verified
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -26,6 +27,7 @@ from caltrain.errors import UNDECODABLE, IntegrityError, LineageError
 from caltrain.plan import MAX_PARTIES, ManifestShard, Plan, RunManifest, check_countersignature, check_plan
 from caltrain.provenance.chain import MAX_EVENTS, Event, verify_chain
 from caltrain.provenance.statements import LinkedModel
+from caltrain.provenance.verdict import VerdictStatement
 from caltrain.records.commitment import PartyName, RecordRef
 from caltrain.records.disclosure import Disclosure, check_disclosure
 
@@ -33,7 +35,7 @@ MAX_BUNDLE_BYTES = 256 << 20
 
 
 class TraceBundle(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """What a model user hands to an auditor."""
+    """What a model user hands to an auditor. In place of a trace there may be a verdict; see `auditor.verdict`."""
 
     version: Literal[1] = 1
     plan: Plan
@@ -81,20 +83,11 @@ def verify_bundle(bundle: TraceBundle, *, plan_digest: str, head: str | None = N
 
     Raises IntegrityError, LineageError, ConfigError or DataError at the first step that fails.
     """
-    plan = check_plan(bundle.plan)
-    if not same(plan.digest(), plan_digest):  # (1)
-        raise _refuse("bundle.other-plan", f"the bundle's plan is {plan.digest()}, not {plan_digest}")
-    manifest = _manifest(bundle, plan)  # (2), (3)
-    key = manifest.enclave_signing_key
-    linked = open_envelope(bundle.linked, "linked-model", key, LinkedModel, step="verify linked model")
-    trace = open_envelope(bundle.trace, "trace", key, TraceStatement, step="verify trace")
-    if not linked.run == trace.run == manifest.run or trace.model != linked.model:  # (4)
-        raise _refuse("bundle.other-model", "trace, link and manifest are not of one run and model")
-    events = verify_chain(bundle.chain, run=manifest.run, signing_key=key, head=head)  # (5)
-    _check_events(events, plan=plan, manifest=manifest, model=linked.model)
-    if trace.head not in {event.digest() for event in events}:
-        raise _refuse("bundle.other-chain", "the chain ends before, or forks before, the trace was asked for")
-    records = dict(_disclosed(envelope, plan, manifest, trace) for envelope in bundle.disclosures)  # (6)
+    plan, manifest, linked, events = verify_run(bundle, plan_digest=plan_digest, head=head)
+    trace = open_envelope(bundle.trace, "trace", manifest.enclave_signing_key, TraceStatement, step="verify trace")
+    check_of_run(trace, linked, events)
+    named = {n.record: n.commitment for n in trace.neighbours}
+    records = verify_disclosures(bundle, manifest, named)  # (6)
     return Verified(
         plan=plan.digest(),
         run=manifest.run,
@@ -110,6 +103,38 @@ def verify_bundle(bundle: TraceBundle, *, plan_digest: str, head: str | None = N
         resumes=linked.resumes,
         front_public=plan.training.initial is not None,
     )
+
+
+def verify_run(
+    bundle: TraceBundle, *, plan_digest: str, head: str | None
+) -> tuple[Plan, RunManifest, LinkedModel, tuple[Event, ...]]:
+    """Of a bundle what is of the run and not of one question: plan, manifest, linked model, chain."""
+    plan = check_plan(bundle.plan)
+    if not same(plan.digest(), plan_digest):  # (1)
+        raise _refuse("bundle.other-plan", f"the bundle's plan is {plan.digest()}, not {plan_digest}")
+    manifest = _manifest(bundle, plan)  # (2), (3)
+    key = manifest.enclave_signing_key
+    linked = open_envelope(bundle.linked, "linked-model", key, LinkedModel, step="verify linked model")
+    if linked.run != manifest.run:
+        raise _refuse("bundle.other-model", "link and manifest are not of one run")
+    events = verify_chain(bundle.chain, run=manifest.run, signing_key=key, head=head)  # (5)
+    _check_events(events, plan=plan, manifest=manifest, model=linked.model)
+    return plan, manifest, linked, events
+
+
+def check_of_run(statement: TraceStatement | VerdictStatement, linked: LinkedModel, events: tuple[Event, ...]) -> None:
+    """Raise LineageError unless a statement is of the linked model, and of a moment that the chain knows."""
+    if (statement.run, statement.model) != (linked.run, linked.model):  # (4)
+        raise _refuse("bundle.other-model", "the statement and the link are not of one run and model")
+    if statement.head not in {event.digest() for event in events}:
+        raise _refuse("bundle.other-chain", "the chain ends before, or forks before, the question was asked")
+
+
+def verify_disclosures(
+    bundle: TraceBundle, manifest: RunManifest, named: Mapping[RecordRef, str]
+) -> dict[RecordRef, bytes]:
+    """Canonical bytes of the records that were disclosed, each of them `named` with its commitment."""
+    return dict(_disclosed(envelope, bundle.plan, manifest, named) for envelope in bundle.disclosures)
 
 
 def _manifest(bundle: TraceBundle, plan: Plan) -> RunManifest:
@@ -140,17 +165,19 @@ def _check_events(events: tuple[Event, ...], *, plan: Plan, manifest: RunManifes
             raise _refuse("bundle.not-in-chain", f"the chain has no event {kind} for {value}")
 
 
-def _disclosed(envelope: Envelope, plan: Plan, manifest: RunManifest, trace: TraceStatement) -> tuple[RecordRef, bytes]:
+def _disclosed(
+    envelope: Envelope, plan: Plan, manifest: RunManifest, named: Mapping[RecordRef, str]
+) -> tuple[RecordRef, bytes]:
     owner = next((p for p in plan.parties if p.public_key == envelope.signer), None)
     if owner is None:
         raise _refuse("disclosure.unknown-signer", "a disclosure is signed by no party of the plan")
     disclosure = open_envelope(envelope, "disclosure", owner.public_key, Disclosure, step="verify disclosure")
     reference = disclosure.record_ref
-    traced = next((n for n in trace.neighbours if n.record == reference), None)
-    if traced is None or reference.party != owner.name:
+    commitment = named.get(reference)
+    if commitment is None or reference.party != owner.name:
         raise _refuse("disclosure.not-traced", f"the trace names no such record of {owner.name}")
     shard = _shard(manifest, reference)
-    record = check_disclosure(disclosure, root=shard.root, records=shard.records, commitment=traced.commitment)
+    record = check_disclosure(disclosure, root=shard.root, records=shard.records, commitment=commitment)
     return reference, record
 
 

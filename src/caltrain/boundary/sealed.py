@@ -26,6 +26,7 @@ from caltrain.records.commitment import PartyName, RecordRef, ShardId
 
 MAX_SEALED = 48 << 20
 MAX_QUESTIONS = 1024
+LEFT_OUT = 0xFFFF
 Scan = Literal["disagreement", "labels", "spectral", "clusters"]
 """How the hunt looks for suspicious records: nearest fingerprints of another label, what a witness of the contents
 takes the label for, the main direction of a class, its smaller cluster."""
@@ -126,18 +127,18 @@ class SuspicionReport(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
     """What the hunt found before the release of a party's own records: suspicion by each scan, in steps of 1/1000.
 
     Two bytes a record and scan (little endian), so that the size of the sealed report does not tell how many are
-    suspicious. `wrong_labels` is the estimated share of wrong labels: the party's own, and of all where the plan says
-    so (`trace.share_quality`).
+    suspicious; `LEFT_OUT` for a record that was not trained on. `wrong_labels` is the estimated share of wrong labels:
+    the party's own, and of all where the plan says so (`trace.share_quality`).
     """
 
     model: Digest
     scores: dict[Scan, dict[ShardId, bytes]]
     wrong_labels: dict[PartyName, Estimate] = {}
 
-    def of(self, shard: str, *, scan: Scan = "disagreement") -> tuple[int, ...]:
-        """Scores of a shard's records by one scan, by leaf."""
+    def of(self, shard: str, *, scan: Scan = "disagreement") -> tuple[int | None, ...]:
+        """Scores of a shard's records by one scan, by leaf; None for one that was left out."""
         raw = self.scores[scan][shard]
-        return struct.unpack(f"<{len(raw) // 2}H", raw)
+        return tuple(None if score == LEFT_OUT else score for score in struct.unpack(f"<{len(raw) // 2}H", raw))
 
 
 class DisclosureNote(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -146,6 +147,11 @@ class DisclosureNote(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     run: ShardId
     party: PartyName
     commitment: Digest
+
+
+def commit_input(nonce: str, elements: bytes) -> str:
+    """What a statement says of its input. The nonce is the user's own: with both they show which input it was."""
+    return digest("input/v1", bytes.fromhex(nonce), elements)
 
 
 def transcript_digest(binding: Binding, sender: str) -> str:

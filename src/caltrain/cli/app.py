@@ -7,7 +7,7 @@ from itertools import pairwise
 import typer
 
 from caltrain import __version__
-from caltrain.cli import bench, demo, doctor, exposure, host, model, party, plan, predict, query, serving
+from caltrain.cli import bench, demo, doctor, exposure, host, model, party, plan, predict, query, serving, verdict
 from caltrain.cli.output import Format, FormatOption, choose, emit, fail
 from caltrain.errors import CaltrainError, ConfigError, EnvironmentFault
 
@@ -38,6 +38,9 @@ app.command("predict", rich_help_panel=_USER, short_help="sealed by an enclave, 
 )
 app.command("proxy", rich_help_panel=_USER, short_help="plain Open Inference Protocol on this machine")(serving.proxy)
 app.command("trace", rich_help_panel=_USER, short_help="which records lie behind a prediction")(query.trace)
+app.command("verdict", rich_help_panel=_USER, short_help="who is responsible for errors, if that can be told")(
+    verdict.verdict
+)
 app.command("verify", rich_help_panel=_USER, short_help="check a trace bundle, offline")(query.verify)
 app.add_typer(exposure.app, name="exposure", rich_help_panel=_USER, short_help="what each cut gives away, measured")
 app.add_typer(bench.app, name="bench", rich_help_panel=_MORE, short_help="measure what anybody can repeat")

@@ -56,6 +56,21 @@ def read_public(path: Path) -> PublicIdentity:
         ) from None
 
 
+def inputs_in(path: Path) -> list[Path]:
+    """A file itself; of a folder its .npy files and pictures, by name. Raises DataError `input.none`."""
+    if not path.is_dir():
+        return [path]
+    found = sorted(file for file in path.iterdir() if file.suffix.lower() in (".npy", *_PICTURES))
+    if not found:
+        raise DataError(
+            "input.none",
+            f"the folder {path} holds no .npy file and no picture",
+            step="read inputs",
+            fix="Name the folder that holds the inputs.",
+        )
+    return found
+
+
 def read_inputs(paths: Sequence[Path]) -> NDArray[np.generic]:
     """Inputs (N, C, H, W) from .npy files of (N, C, H, W) or (C, H, W), or from PNG and JPEG pictures, in order.
 

@@ -1,4 +1,4 @@
-"""Ask an attested enclave: predict or trace. Inputs and answers are sealed; the host carries them blind."""
+"""Ask an attested enclave: predict, trace, or a verdict. Inputs and answers are sealed; the host carries them blind."""
 
 from __future__ import annotations
 
@@ -19,27 +19,29 @@ from caltrain.boundary.sealed import (
     Answers,
     Question,
     TraceStatement,
+    commit_input,
     open_for,
     seal_message,
     transcript_digest,
 )
-from caltrain.crypto.digests import digest
 from caltrain.crypto.dsse import MAX_ENVELOPE_BYTES, Envelope, SigningKey, open_envelope
 from caltrain.errors import AccessError, DataError, IntegrityError
 from caltrain.host_client import HostClient
 from caltrain.plan import Plan, Right
+from caltrain.provenance.verdict import VerdictStatement, inputs_root
 
 _STEP = "read answer"
 
 
 @dataclass(frozen=True)
 class Answered:
-    """A verified answer: the enclave's claims, what it said, and (for traces) its signed statements."""
+    """A verified answer: the enclave's claims, what it said, and (for traces and verdicts) its signed statements."""
 
     claims: Claims
     answers: Answers
     traces: tuple[TraceStatement, ...]
     envelopes: tuple[Envelope, ...]
+    verdicts: tuple[VerdictStatement, ...] = ()
 
 
 def ask(
@@ -71,12 +73,15 @@ def ask(
     answers = open_for(question.answer_key, "answer/v1", sealed, Answers, context=context, step=_STEP)
     traces = tuple(_trace(e, bundle, answers, user=user, nonce=nonce, step=_STEP) for e in answers.traces)
     _check_answer(kind, answers, traces, raw, nonce)
-    return Answered(claims, answers, traces, answers.traces)
+    if kind != "verdict":
+        return Answered(claims, answers, traces, answers.traces)
+    envelope, verdict = _verdict(bundle, answers, raw, user=user)
+    return Answered(claims, answers, traces, (envelope,), (verdict,))
 
 
 def input_commitment(nonce: str, pixels: NDArray[np.generic]) -> str:
     """What a trace statement says of its input: with input and nonce the user can show which one it was."""
-    return digest("input/v1", bytes.fromhex(nonce), np.ascontiguousarray(pixels).tobytes())
+    return commit_input(nonce, np.ascontiguousarray(pixels).tobytes())
 
 
 def most_at_once(plan: Plan) -> int:
@@ -130,6 +135,24 @@ def _check_answer(
         own = (index, answers.predicted[index], input_commitment(nonce, inputs[index]))
         if (trace.index, trace.predicted, trace.input_commitment) != own:
             raise _mismatch(f"trace {index} is not of the input that was asked about")
+
+
+def _verdict(
+    bundle: EvidenceBundle, answers: Answers, inputs: NDArray[np.generic], *, user: str
+) -> tuple[Envelope, VerdictStatement]:
+    """The signed verdict, which must be of this very question."""
+    if answers.verdict is None:
+        raise _mismatch("there is no verdict in it")
+    verdict = open_envelope(answers.verdict, "verdict", bundle.binding.signing_key, VerdictStatement, step=_STEP)
+    nonce = bundle.binding.nonce
+    asked = inputs_root(input_commitment(nonce, x) for x in inputs)
+    said = (verdict.user, verdict.nonce, verdict.model, verdict.predicted, verdict.inputs, len(verdict.kinds))
+    if said != (user, nonce, answers.model, answers.predicted, len(inputs), len(inputs)):
+        raise _mismatch("the verdict is of another question or model")
+    if verdict.input_commitment != asked:
+        raise _mismatch("the verdict is not of the inputs that were asked about")
+    verdict.records()  # raises where they cannot be read
+    return answers.verdict, verdict
 
 
 def _mismatch(what: str) -> IntegrityError:

@@ -17,6 +17,7 @@ from caltrain.boundary.sealed import (
     Question,
     SealedMessage,
     TraceStatement,
+    commit_input,
     open_message,
     seal_for,
 )
@@ -57,7 +58,11 @@ def query(run: Run, message: Query) -> tuple[Done, State]:
 
 
 def _public(answers: Answers) -> dict[str, object]:
-    public: dict[str, object] = {"model": answers.model, "predicted": answers.predicted, "traces": [t.payload for t in answers.traces]}
+    public: dict[str, object] = {
+        "model": answers.model,
+        "predicted": answers.predicted,
+        "traces": [t.payload for t in answers.traces],
+    }
     return public | ({"verdict": answers.verdict.payload} if answers.verdict else {})
 
 
@@ -115,7 +120,7 @@ def _answer(run: Run, question: Question, inputs: Tensor, *, user: User, nonce: 
     if question.kind == "predict":
         table = tuple(tuple(round(float(s), 6) for s in row) for row in probabilities)
         return Answers(model=run.model_digest, predicted=predicted, scores=table, budget_left=left)
-    commitments = [_commitment(nonce, x) for x in inputs]
+    commitments = [commit_input(nonce, x.numpy().tobytes()) for x in inputs]
     if question.kind == "verdict":
         signed = verdict(run, embeddings, predicted=predicted, user=user.name, nonce=nonce, inputs=commitments)
         return padded(run, Answers(model=run.model_digest, predicted=predicted, verdict=signed, budget_left=left))
@@ -125,11 +130,6 @@ def _answer(run: Run, question: Question, inputs: Tensor, *, user: User, nonce: 
         for i, label in enumerate(predicted)
     )
     return Answers(model=run.model_digest, predicted=predicted, traces=traces, budget_left=left)
-
-
-def _commitment(nonce: str, pixels: Tensor) -> str:
-    """The nonce is the user's own: with input and nonce they can show later which input a statement is of."""
-    return digest("input/v1", bytes.fromhex(nonce), pixels.numpy().tobytes())
 
 
 def _nearest(run: Run, embeddings: Tensor, predicted: Sequence[int]) -> list[list[Hit]]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,7 +16,7 @@ from caltrain.accountability.labels import LabelFindings, examine
 from caltrain.accountability.neighbours import label_disagreement
 from caltrain.accountability.scans import activation_clusters, spectral
 from caltrain.boundary.messages import Done, Hunt
-from caltrain.boundary.sealed import Scan, SuspicionReport, seal_for
+from caltrain.boundary.sealed import LEFT_OUT, Scan, SuspicionReport, seal_for
 from caltrain.enclave.contents import Contents, Learning, Passed, not_finite
 from caltrain.enclave.ingest import contributors_of, lineage, unpack
 from caltrain.enclave.run import Run, State, present
@@ -92,14 +93,20 @@ def _records(party: ManifestParty) -> int:
 
 
 def _reports(run: Run, scores: Scores, shares: Mapping[str, Estimate]) -> dict[str, bytes]:
-    """Sealed to each party, of its own records: suspicion by each scan; the shares that the plan lets it see."""
+    """Sealed to each party, of its own records: suspicion by each scan; the shares that the plan lets it see.
+
+    A record that was not passed has the last score, `LEFT_OUT`.
+    """
     plan, lines = present(run.plan), present(run.passed).lines
     place = {(record.party, record.shard, record.leaf): row for row, (record, _) in enumerate(lines)}
-    steps = {scan: (own.clamp(0, 1) * 1000).round().numpy().astype("<u2") for scan, own in scores.items()}
+    steps = {
+        scan: np.append((own.clamp(0, 1) * 1000).round().numpy(), LEFT_OUT).astype("<u2")
+        for scan, own in scores.items()
+    }
     sealed: dict[str, bytes] = {}
     for party in present(run.manifest).parties:
         rows = {
-            shard.shard: [place[party.name, shard.shard, leaf] for leaf in range(shard.records)]
+            shard.shard: [place.get((party.name, shard.shard, leaf), -1) for leaf in range(shard.records)]
             for shard in party.shards
             if not shard.held_out
         }
