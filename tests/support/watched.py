@@ -115,6 +115,7 @@ class Watched(World):
         """Note what crosses while it is handled."""
         self._request, before = request, len(self.host.log)
         reply = super().send(request)
+        self.host.serve()  # what was told last waits for nobody
         for crossing in self.host.log[before:]:
             if crossing.message is not None:
                 self._note(*_call(crossing.message))

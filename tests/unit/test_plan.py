@@ -39,7 +39,7 @@ from caltrain.records.shard import key_id
 from support.samples import DATA_KEY, MEASUREMENT, PLAN, SHARD, plan, quick, refused, signer
 
 SMALL = plan()
-DIGEST = "sha256:b0ccf944c3bbd321bfe80ae96286afd4bbcc35866db312d25781463f0aa2b7a6"
+DIGEST = "sha256:6911fe6316912af78e2e882efa4ef0829e4f9d8d35523ddf755480d5b43fc7b6"
 
 # The same plan, written otherwise: other order, inline tables, comments, defaults spelled out, 1 for 1.0.
 REWRITTEN = f"""
@@ -302,7 +302,7 @@ INVALID: dict[str, tuple[Path, object]] = {
     "more records than shards can hold": (("parties", 0, "min_records"), (1 << 32) + 1),
     "no rights": (("users", 0, "may"), []),
     "unknown right": (("users", 0, "may"), ["train"]),
-    "three rights": (("users", 0, "may"), ["predict", "trace", "trace"]),
+    "four rights": (("users", 0, "may"), ["predict", "trace", "verdict", "trace"]),
     "no budget": (("users", 0, "budget"), 0),
     "endless budget": (("users", 0, "budget"), 1_000_000_001),
     "measurement of another algorithm": (("enclave", "measurement"), "sha256:" + "0" * 64),
@@ -515,7 +515,7 @@ OTHER_MANIFEST = msgspec.structs.replace(MANIFEST, run="cd" * 16)
 
 
 def test_known_manifest() -> None:
-    assert MANIFEST.digest() == "sha256:451ae99747184d7832bf6b2274a27836b9de6312856181e7f96482971806df8f"
+    assert MANIFEST.digest() == "sha256:31a49e53517fe764b494be63981d177ed55d4dd013b9f5bf9629520e7f553e91"
     assert MANIFEST.records() == 24
 
 

@@ -51,7 +51,7 @@ def test_a_plain_plan_has_one_cut_and_nothing_special() -> None:
         initial=None,
         reveal_seed=False,
         parties=("alpha", "beta"),
-        users=("una may predict and trace, 70 inputs", "pat may predict, 70 inputs"),
+        users=("una may predict and trace and verdict, 70 inputs", "pat may predict, 70 inputs"),
         measurement=MEASUREMENT,
     )
 

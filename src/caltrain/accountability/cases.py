@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal, Protocol
 
+import torch
 from torch import Tensor
 
+_SAMPLE = 2000
+_LEAST = 1e-9
 Kind = Literal["trigger", "mislabelled", "ambiguous", "out-of-distribution", "hard"]
 Outcome = Literal["responsible", "cannot-tell"]
 
@@ -30,10 +34,54 @@ class Mispredictions:
 
 
 class Witness(Protocol):
-    """A small model of the records' content that can be had without any contributor's records."""
+    """A small model of the records' content that can be had without any contributor's records, or without some records."""
 
-    def testify(self, rows: Tensor, *, without: frozenset[int]) -> Tensor:
-        """Class probabilities (R, C) of the records `rows` (R,), learned from all contributors but `without`."""
+    def testify(self, rows: Tensor, *, without: frozenset[int] = frozenset(), forget: Tensor | None = None) -> Tensor:
+        """Class probabilities (R, C) of the records `rows` (R,).
+
+        Learned from all contributors but `without`, and without the records `forget` (F,), of other contributors.
+        """
+
+
+@dataclass(frozen=True)
+class Dossier:
+    """One model's links and the witness to their content: what every verdict on that model starts from."""
+
+    links: Links
+    witness: Witness
+
+    @cached_property
+    def said(self) -> Tensor:
+        """Class probabilities (N, C) of every record, by a witness that never saw its contributor."""
+        sources = self.links.sources
+        parts = {c: (sources == c).nonzero().squeeze(1) for c in sorted(set(sources.tolist()))}
+        heard = [self.witness.testify(rows, without=frozenset({c})) for c, rows in parts.items()]
+        said = torch.empty((len(sources), heard[0].shape[1] if heard else 1))
+        for rows, testimony in zip(parts.values(), heard, strict=True):
+            said[rows] = testimony
+        return said
+
+    @cached_property
+    def doubt(self) -> Tensor:
+        """By how much (N,) another class than its label is likelier for a record, in log odds."""
+        return doubt(self.said, self.links.labels)
+
+    @cached_property
+    def usual_distance(self) -> float:
+        """What 99 of 100 records do not exceed, to the next record."""
+        prints = self.links.fingerprints
+        rows = prints[:: max(1, len(prints) // _SAMPLE)]
+        near = [
+            torch.cdist(part, prints).topk(min(2, len(prints)), largest=False).values for part in torch.split(rows, 128)
+        ]
+        return float(torch.cat(near)[:, -1].quantile(0.99)) if near else 0.0
+
+
+def doubt(said: Tensor, labels: Tensor) -> Tensor:
+    """By how much (R,) another class than `labels` (R,) is likelier in `said` (R, C), in log odds."""
+    given = said.gather(1, labels[:, None])[:, 0].clamp_min(_LEAST)
+    others = said.scatter(1, labels[:, None], 0.0).max(1).values.clamp_min(_LEAST)
+    return (others / given).log()
 
 
 @dataclass(frozen=True)

@@ -1,43 +1,145 @@
-"""Who is responsible for mispredictions: nearest fingerprints against shares of the data (a stand-in)."""
+"""From mispredictions to a contributor and its records, or to "cannot tell".
+
+Nearness alone accuses wrongly: the neighbours of an honest mistake are hard records, of whoever has most of them
+nearby. An accusation takes two things, and both come from the records, not from the one who asks:
+
+  (1) near the mispredictions, records whose content contradicts their label are one contributor's more often than its
+      share of the class, over all sizes of neighbourhood, classes and contributors (`scan`, Holm);
+  (2) those records, and all that are of a kind with them (`subset`), contradict their labels more than the others'
+      nearest records do, even before the more lenient of two witnesses: one that never saw the accused, one that saw
+      all but these records. So a contributor whose pictures merely look different is not blamed for that.
+
+A misprediction among whose neighbours the suspects are not most is not theirs. What passes (1) alone is answered with
+"cannot tell": poison whose labels are right, or honest records that only one contributor has. What passes neither has
+no record behind it: a mistake, or a model that the host has changed.
+"""
 
 from __future__ import annotations
 
-import math
+from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from scipy.stats import mannwhitneyu
+from torch import Tensor
 
-from caltrain.accountability.cases import Blame, Kind, Links, Mispredictions, Suspects, Verdict, Witness
-from caltrain.accountability.neighbours import nearest_in_class
+from caltrain.accountability.cases import Blame, Dossier, Mispredictions, Suspects, Verdict, doubt
+from caltrain.accountability.kinds import CAUSED, kinds_of
+from caltrain.accountability.scan import SMALLEST, Look, holm, orders, scan
+from caltrain.accountability.subset import grow, none, together
 
-_NEAR = 9
+ALPHA = 1e-3
+_COMPARED = 30  # records of others that an accused's are held against, at least
 
 
-def judge(links: Links, mispredictions: Mispredictions, witness: Witness) -> Verdict:
-    """The contributor of more of the nearest records than its share of data explains."""
-    found = [
-        nearest_in_class(q, label=int(y), fingerprints=links.fingerprints, labels=links.labels, k=_NEAR)[0]
-        for q, y in zip(mispredictions.fingerprints, mispredictions.predicted, strict=True)
-    ]
-    rows = torch.unique(torch.cat(found))
-    own = witness.testify(rows, without=frozenset())[torch.arange(len(rows)), links.labels[rows]]
-    rows = rows[own.argsort()]
-    blames = []
-    for c in range(len(links.contributors)):
-        share = float((links.sources == c).float().mean())
-        near = int((links.sources[rows] == c).sum())
-        p = sum(math.comb(len(rows), i) * share**i * (1 - share) ** (len(rows) - i) for i in range(near, len(rows) + 1))
-        blames.append(Blame(c, near / max(1, len(rows)), share, min(1.0, p), min(1.0, p * len(links.contributors))))
-    named = tuple(b.contributor for b in blames if b.adjusted < 0.05)
-    rows = rows[torch.isin(links.sources[rows], torch.tensor(named, dtype=torch.int64))]
+def judge(dossier: Dossier, asked: Mispredictions, *, alpha: float = ALPHA) -> Verdict:
+    """Who is responsible for these mispredictions, with which records. Needs at least one misprediction."""
+    links = dossier.links
+    classes = [_Class.of(dossier, asked, label) for label in sorted(set(asked.predicted.tolist()))]
+    looks = [(each, look) for each in classes for look in each.looks]
+    adjusted = holm(np.array([look.p_value for _, look in looks]))
+    accused: dict[int, list[Look]] = {each.label: [] for each in classes}
+    for (each, look), p_value in zip(looks, adjusted, strict=True):
+        if p_value <= alpha:
+            accused[each.label].append(look)
+    found = [each.suspects(accused[each.label], alpha) for each in classes]
+    kinds = kinds_of(dossier, asked, suspects=torch.cat([f.rows for f in found]))
+    # Records that stand accused, but that no misprediction is near, are no cause of any of these.
+    causes = {label for label, kind in zip(asked.predicted.tolist(), kinds, strict=True) if kind in CAUSED}
+    suspects = together([f for each, f in zip(classes, found, strict=True) if each.label in causes])
+    blamed = tuple(sorted(set(links.sources[suspects.rows].tolist())))
     return Verdict(
-        outcome="responsible" if named else "cannot-tell",
-        contributors=named,
-        blames=tuple(blames),
-        kinds=tuple(_hard() for _ in found),
-        suspects=Suspects(rows, 0.5 if named else 0.0, 0.0, 1.0),
-        reason="nearest records against shares of the data",
+        outcome="responsible" if blamed else "cannot-tell",
+        contributors=blamed,
+        blames=_blames(looks, adjusted, len(links.contributors)),
+        kinds=kinds,
+        suspects=suspects,
+        reason=_reason(blamed, any(accused.values())),
     )
 
 
-def _hard() -> Kind:
-    return "hard"
+@dataclass(frozen=True)
+class _Class:
+    """The records of one predicted class (rows (n,)), how near they are to the queries, whose are the nearest."""
+
+    dossier: Dossier
+    label: int
+    rows: Tensor
+    near: tuple[Tensor, ...]
+    looks: tuple[Look, ...]
+
+    @classmethod
+    def of(cls, dossier: Dossier, asked: Mispredictions, label: int) -> _Class:
+        links = dossier.links
+        rows = (links.labels == label).nonzero().squeeze(1)
+        near = orders(asked.fingerprints[asked.predicted == label], links.fingerprints[rows])
+        looks = scan(near, dossier.doubt[rows] > 0, links.sources[rows], contributors=len(links.contributors))
+        return cls(dossier, label, rows, near, looks)
+
+    @property
+    def sources(self) -> Tensor:
+        """Whose the records are (n,)."""
+        return self.dossier.links.sources[self.rows]
+
+    def suspects(self, accused: list[Look], alpha: float) -> Suspects:
+        """The records of the accused that stand up to both witnesses, by their rows among all."""
+        if not accused:
+            return none()
+        own = torch.isin(self.sources, torch.tensor([look.contributor for look in accused]))
+        doubt = self.dossier.doubt[self.rows]
+        seeds = self._seeds(doubt > 0, max(look.size for look in accused))
+        found = grow(self.dossier.links.fingerprints[self.rows], doubt, seeds=seeds, accused=own)
+        guilty = [look.contributor for look in accused if self._stands(found.rows, look.contributor, own, alpha)]
+        kept = torch.isin(self.sources[found.rows], torch.tensor(guilty, dtype=torch.int64))
+        rows = self.rows[found.rows[kept]]
+        return Suspects(rows, found.precision, found.low, found.high) if guilty else none()
+
+    def _seeds(self, contradicted: Tensor, size: int) -> Tensor:
+        """The nearest contradicted records by either order, as a mask (n,)."""
+        seeds = torch.zeros(len(self.rows), dtype=torch.bool)
+        places = contradicted.nonzero().squeeze(1)
+        for values in self.near:
+            seeds[places[torch.argsort(values[places], stable=True)[:size]]] = True
+        return seeds
+
+    def _stands(self, found: Tensor, contributor: int, accused: Tensor, alpha: float) -> bool:
+        """Whether the contributor's records among `found` contradict their labels more than the others' nearest do."""
+        own = self.rows[found[self.sources[found] == contributor]]
+        others = (~accused).nonzero().squeeze(1)
+        nearest = others[torch.argsort(self.near[0][others])[: max(_COMPARED, len(own))]]
+        if min(len(own), len(nearest)) < SMALLEST:
+            return False
+        witness, labels = self.dossier.witness, self.dossier.links.labels[own]
+        heard = (
+            witness.testify(own, without=frozenset(self.sources[accused].tolist())),
+            witness.testify(own, forget=self.rows[found]),
+        )
+        doubts = torch.stack([doubt(said, labels) for said in heard]).min(0).values
+        if float((doubts > 0).float().mean()) < 0.5:
+            return False
+        theirs = self.dossier.doubt[self.rows[nearest]]
+        return bool(mannwhitneyu(doubts, theirs, alternative="greater").pvalue <= alpha)
+
+
+def _blames(looks: list[tuple[_Class, Look]], adjusted: NDArray[np.float64], contributors: int) -> tuple[Blame, ...]:
+    """Of every contributor its strongest look over all classes."""
+    best: dict[int, Blame] = {}
+    for (each, look), p_value in zip(looks, adjusted, strict=True):
+        share = float((each.sources == look.contributor).float().mean()) if len(each.rows) else 0.0
+        blame = Blame(look.contributor, look.own / max(1, look.size), share, look.p_value, float(p_value))
+        if look.contributor not in best or blame.p_value < best[look.contributor].p_value:
+            best[look.contributor] = blame
+    return tuple(best[c] for c in range(contributors))
+
+
+def _reason(blamed: tuple[int, ...], near: bool) -> str:
+    if blamed:
+        return (
+            "near the mispredictions, records that contradict their labels are these contributors' beyond their share"
+        )
+    if near:
+        return (
+            "records nearby are one contributor's beyond its share, but their content does not contradict their labels"
+        )
+    return "no contributor's records are behind the mispredictions beyond its share of the data"

@@ -33,7 +33,7 @@ class PatchFeatures:
     threshold: float = 0.5
 
     @classmethod
-    def draw(cls, images: Tensor, *, filters: int = 256, seed: int) -> PatchFeatures:
+    def draw(cls, images: Tensor, *, filters: int = 128, seed: int) -> PatchFeatures:
         """Filters from patches of `images` (n, C, H, W), u8 or f32: a sample that the accused is a part of at most.
 
         A patch of theirs as a filter says what is looked for, not what it means.
@@ -108,19 +108,26 @@ class LeaveOut:
 
     grams: Tensor
     products: Tensor
-    counts: Tensor
-    ridge: float = 1e-3
+    ridge: float = 1e-2
 
-    def predict(self, features: Tensor, *, without: frozenset[int]) -> Tensor:
-        """Class probabilities (R, C) for features (R, D), learned from all contributors but `without`."""
-        return torch.softmax(_SOFTNESS * features @ self.weights(without), 1)
+    def predict(self, features: Tensor, *, without: frozenset[int], forget: tuple[Tensor, Tensor] | None) -> Tensor:
+        """Class probabilities (R, C) for features (R, D), learned from all contributors but `without`.
 
-    def weights(self, without: frozenset[int]) -> Tensor:
-        """(D, C); zero where nobody is left."""
+        `forget` are features (F, D) and labels (F,) of records that do not count either.
+        """
         kept = [p for p in range(len(self.grams)) if p not in without]
         gram, product = self.grams[kept].sum(0), self.products[kept].sum(0)
+        if forget is not None:
+            x, labels = forget
+            gram, product = gram - x.T @ x, product - x.T @ targets(labels, product.shape[1])
         size = gram.diagonal().mean().clamp_min(1e-12)
-        return torch.linalg.solve(gram + self.ridge * size * torch.eye(len(gram)), product)
+        weights = torch.linalg.solve(gram + self.ridge * size * torch.eye(len(gram)), product)
+        return torch.softmax(_SOFTNESS * features @ weights, 1)
+
+
+def targets(labels: Tensor, classes: int) -> Tensor:
+    """What the regression is to say: (n,) to (n, C), of mean zero."""
+    return F.one_hot(labels, classes).float() - 1 / classes
 
 
 class WitnessBuilder:
@@ -130,29 +137,27 @@ class WitnessBuilder:
         self.features, self.classes = features, classes
         self._grams = torch.zeros((contributors, features.dims, features.dims))
         self._products = torch.zeros((contributors, features.dims, classes))
-        self._counts = torch.zeros(contributors, dtype=torch.int64)
 
     def add(self, images: Tensor, labels: Tensor, sources: Tensor) -> Tensor:
         """Records (n, C, H, W), (n,), (n,) into contributors; returns their features (n, D)."""
         x = self.features.features(images)
-        y = F.one_hot(labels, self.classes).float() - 1 / self.classes
-        for contributor in sources.unique().tolist():
+        y = targets(labels, self.classes)
+        for contributor in set(sources.tolist()):
             own = sources == contributor
             self._grams[contributor].addmm_(x[own].T, x[own])
             self._products[contributor].addmm_(x[own].T, y[own])
-            self._counts[contributor] += int(own.sum())
         return x
 
     def done(self) -> LeaveOut:
         """What was learned."""
-        return LeaveOut(self._grams, self._products, self._counts)
+        return LeaveOut(self._grams, self._products)
 
 
 class PatchWitness:
     """A witness over records that are at hand: images (N, C, H, W), labels (N,), sources (N,)."""
 
     def __init__(
-        self, images: Tensor, labels: Tensor, sources: Tensor, *, classes: int, seed: int, filters: int = 256
+        self, images: Tensor, labels: Tensor, sources: Tensor, *, classes: int, seed: int, filters: int = 128
     ) -> None:
         generator = torch.Generator().manual_seed(seed)
         sample = torch.randperm(len(images), generator=generator)[:2000]
@@ -161,9 +166,13 @@ class PatchWitness:
             contributors=int(sources.max()) + 1,
             classes=classes,
         )
-        self._features = builder.add(images, labels, sources)
+        self._features, self._labels, self._sources = builder.add(images, labels, sources), labels, sources
         self._model = builder.done()
 
-    def testify(self, rows: Tensor, *, without: frozenset[int]) -> Tensor:
+    def testify(self, rows: Tensor, *, without: frozenset[int] = frozenset(), forget: Tensor | None = None) -> Tensor:
         """As `Witness.testify`."""
-        return self._model.predict(self._features[rows], without=without)
+        lost = None
+        if forget is not None:
+            forget = forget[~torch.isin(self._sources[forget], torch.tensor(sorted(without)))]
+            lost = self._features[forget], self._labels[forget]
+        return self._model.predict(self._features[rows], without=without, forget=lost)

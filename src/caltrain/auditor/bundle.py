@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
 import msgspec
 
@@ -32,6 +32,7 @@ from caltrain.records.commitment import PartyName, RecordRef
 from caltrain.records.disclosure import Disclosure, check_disclosure
 
 MAX_BUNDLE_BYTES = 256 << 20
+S = TypeVar("S", TraceStatement, VerdictStatement)
 
 
 class TraceBundle(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -83,13 +84,13 @@ def verify_bundle(bundle: TraceBundle, *, plan_digest: str, head: str | None = N
 
     Raises IntegrityError, LineageError, ConfigError or DataError at the first step that fails.
     """
-    plan, manifest, linked, events = verify_run(bundle, plan_digest=plan_digest, head=head)
-    trace = open_envelope(bundle.trace, "trace", manifest.enclave_signing_key, TraceStatement, step="verify trace")
-    check_of_run(trace, linked, events)
+    manifest, linked, trace, events = verify_statement(
+        bundle, "trace", TraceStatement, plan_digest=plan_digest, head=head
+    )
     named = {n.record: n.commitment for n in trace.neighbours}
     records = verify_disclosures(bundle, manifest, named)  # (6)
     return Verified(
-        plan=plan.digest(),
+        plan=manifest.plan,
         run=manifest.run,
         model=linked.model,
         trace=trace,
@@ -101,33 +102,28 @@ def verify_bundle(bundle: TraceBundle, *, plan_digest: str, head: str | None = N
         center_audited=linked.audit_rate > 0,
         audit_rate=linked.audit_rate,
         resumes=linked.resumes,
-        front_public=plan.training.initial is not None,
+        front_public=bundle.plan.training.initial is not None,
     )
 
 
-def verify_run(
-    bundle: TraceBundle, *, plan_digest: str, head: str | None
-) -> tuple[Plan, RunManifest, LinkedModel, tuple[Event, ...]]:
-    """Of a bundle what is of the run and not of one question: plan, manifest, linked model, chain."""
+def verify_statement(
+    bundle: TraceBundle, kind: str, type_: type[S], *, plan_digest: str, head: str | None
+) -> tuple[RunManifest, LinkedModel, S, tuple[Event, ...]]:
+    """Steps 1 to 5: the manifest, the linked model, what the enclave stated of it in place of `trace`, the chain."""
     plan = check_plan(bundle.plan)
     if not same(plan.digest(), plan_digest):  # (1)
         raise _refuse("bundle.other-plan", f"the bundle's plan is {plan.digest()}, not {plan_digest}")
     manifest = _manifest(bundle, plan)  # (2), (3)
     key = manifest.enclave_signing_key
     linked = open_envelope(bundle.linked, "linked-model", key, LinkedModel, step="verify linked model")
-    if linked.run != manifest.run:
-        raise _refuse("bundle.other-model", "link and manifest are not of one run")
+    said = open_envelope(bundle.trace, kind, key, type_, step=f"verify {kind}")
+    if not linked.run == said.run == manifest.run or said.model != linked.model:  # (4)
+        raise _refuse("bundle.other-model", f"{kind}, link and manifest are not of one run and model")
     events = verify_chain(bundle.chain, run=manifest.run, signing_key=key, head=head)  # (5)
     _check_events(events, plan=plan, manifest=manifest, model=linked.model)
-    return plan, manifest, linked, events
-
-
-def check_of_run(statement: TraceStatement | VerdictStatement, linked: LinkedModel, events: tuple[Event, ...]) -> None:
-    """Raise LineageError unless a statement is of the linked model, and of a moment that the chain knows."""
-    if (statement.run, statement.model) != (linked.run, linked.model):  # (4)
-        raise _refuse("bundle.other-model", "the statement and the link are not of one run and model")
-    if statement.head not in {event.digest() for event in events}:
-        raise _refuse("bundle.other-chain", "the chain ends before, or forks before, the question was asked")
+    if said.head not in {event.digest() for event in events}:
+        raise _refuse("bundle.other-chain", f"the chain ends before, or forks before, the {kind} was asked for")
+    return manifest, linked, said, events
 
 
 def verify_disclosures(

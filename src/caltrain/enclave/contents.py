@@ -27,7 +27,7 @@ from caltrain.records.schema import DataSchema
 Keys = NDArray[np.uint64]
 _HELD = 1 << 30
 _SAMPLE = 2048
-_MOST_FILTERS, _LEAST_FILTERS, _RECORDS_A_FILTER = 256, 8, 8
+_MOST_FILTERS, _LEAST_FILTERS, _RECORDS_A_FILTER = 128, 8, 8
 _AT_ONCE = 1 << 13  # rows that are worked out anew together
 
 
@@ -58,58 +58,80 @@ class Learning:
         room = min(pool.shape.records, _HELD // (2 * features.dims))
         self._held = torch.empty((room, features.dims), dtype=torch.float16)
         self._keys = np.empty(pool.shape.records, np.uint64)
+        self._labels, self._sources = (torch.empty(pool.shape.records, dtype=torch.int32) for _ in range(2))
         self._taken = 0
 
     def add(self, rows: Rows, elements: Tensor, labels: Tensor) -> None:
         """The pool's next rows, with what is in them. Raises IntegrityError `hunt.not-finite`."""
-        features = self._builder.add(elements, labels, contributors_of(rows))
+        sources = contributors_of(rows)
+        features = self._builder.add(elements, labels, sources)
         if not bool(features.isfinite().all()):
             raise not_finite("contents")
         here = slice(self._taken, self._taken + len(rows))
         kept = self._held[here]
         kept.copy_(features[: len(kept)])
         self._keys[here] = record_keys(rows)
+        self._labels[here], self._sources[here] = labels, sources
         self._taken = here.stop
 
     def done(self) -> Contents:
         """The witness, once all rows are in."""
+        order = np.argsort(self._keys)
         return Contents(
-            self._pool, self._schema, self._builder.features, self._builder.done(), held=self._held, keys=self._keys
+            pool=self._pool,
+            schema=self._schema,
+            features=self._builder.features,
+            model=self._builder.done(),
+            held=self._held,
+            labels=self._labels,
+            sources=self._sources,
+            keys=self._keys[order],
+            order=torch.from_numpy(order),
         )
 
 
+@dataclass(frozen=True)
 class Contents:
-    """The witness over all records of a pool."""
+    """The witness over all records of a pool, by their rows there.
 
-    def __init__(
-        self, pool: Pool, schema: DataSchema, features: PatchFeatures, model: LeaveOut, *, held: Tensor, keys: Keys
-    ) -> None:
-        """`held` (H, dims): features of the pool's first rows; `keys` (N,): which record a row is."""
-        self._pool, self._schema, self._features, self._model, self._held = pool, schema, features, model, held
-        self._order = np.argsort(keys)
-        self._keys = keys[self._order]
+    `held` (H, dims) are the features of the first rows; `order` (N,) the rows by rising `keys` (`ingest.record_keys`).
+    """
+
+    pool: Pool
+    schema: DataSchema
+    features: PatchFeatures
+    model: LeaveOut
+    held: Tensor
+    labels: Tensor
+    sources: Tensor
+    keys: Keys
+    order: Tensor
 
     def of(self, keys: Keys) -> Witness:
-        """The witness whose row i is the record of the i-th of these keys (`ingest.record_keys`)."""
-        return _Named(self, torch.from_numpy(self._order[np.searchsorted(self._keys, keys)]))
+        """The witness whose row i is the record of the i-th of these keys."""
+        return _Named(self, self.order[torch.from_numpy(np.searchsorted(self.keys, keys))])
 
-    def testify(self, rows: Tensor, *, without: frozenset[int]) -> Tensor:
+    def testify(self, rows: Tensor, *, without: frozenset[int] = frozenset(), forget: Tensor | None = None) -> Tensor:
         """As `Witness.testify`, of rows of the pool."""
-        parts = [self._of(part) for part in torch.split(rows, _AT_ONCE)]
-        return torch.cat([self._model.predict(part, without=without) for part in parts])
+        lost = None
+        if forget is not None:
+            forget = forget[~torch.isin(self.sources[forget], torch.tensor(sorted(without), dtype=torch.int32))]
+            lost = self._of(forget), self.labels[forget].long()
+        parts = torch.split(rows, _AT_ONCE)
+        return torch.cat([self.model.predict(self._of(part), without=without, forget=lost) for part in parts])
 
     def _of(self, rows: Tensor) -> Tensor:
         """Features (R, dims) of rows of the pool."""
-        found = torch.empty((len(rows), self._features.dims))
-        here = rows < len(self._held)
-        found[here] = self._held[rows[here]].float()
+        found = torch.empty((len(rows), self.features.dims))
+        here = rows < len(self.held)
+        found[here] = self.held[rows[here]].float()
         if not bool(here.all()):
-            found[~here] = self._features.features(unpack(self._read(rows[~here]), self._schema)[0])
+            found[~here] = self.features.features(unpack(self._read(rows[~here]), self.schema)[0])
         return found
 
     def _read(self, rows: Tensor) -> Rows:
         """Rows of the pool, out of all that lie behind what is kept. Nothing is worked out before all is read."""
-        shape, wanted = self._pool.shape, rows.numpy()
+        shape, wanted = self.pool.shape, rows.numpy()
         found = np.empty((len(wanted), shape.row_bytes), np.uint8)
         for start, block in self._blocks():
             inside = (wanted >= start) & (wanted < start + len(block))
@@ -117,9 +139,9 @@ class Contents:
         return found
 
     def _blocks(self) -> Iterator[tuple[int, Rows]]:
-        shape = self._pool.shape
-        for start in range(len(self._held) // shape.block * shape.block, shape.records, shape.block):
-            yield start, self._pool.rows(start, min(start + shape.block, shape.records))
+        shape = self.pool.shape
+        for start in range(len(self.held) // shape.block * shape.block, shape.records, shape.block):
+            yield start, self.pool.rows(start, min(start + shape.block, shape.records))
 
 
 class _Named:
@@ -128,9 +150,10 @@ class _Named:
     def __init__(self, contents: Contents, rows: Tensor) -> None:
         self._contents, self._rows = contents, rows
 
-    def testify(self, rows: Tensor, *, without: frozenset[int]) -> Tensor:
+    def testify(self, rows: Tensor, *, without: frozenset[int] = frozenset(), forget: Tensor | None = None) -> Tensor:
         """As `Witness.testify`."""
-        return self._contents.testify(self._rows[rows], without=without)
+        lost = None if forget is None else self._rows[forget]
+        return self._contents.testify(self._rows[rows], without=without, forget=lost)
 
 
 def not_finite(what: str) -> IntegrityError:

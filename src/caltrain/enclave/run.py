@@ -24,7 +24,9 @@ from caltrain.training.seeds import RunSeeds
 from caltrain.training.zone import Zone
 
 if TYPE_CHECKING:  # what a run keeps may itself be made from a run
+    from caltrain.accountability.cases import Dossier
     from caltrain.enclave.contents import Contents, Passed
+    from caltrain.enclave.linkage import Table
 
 T = TypeVar("T")
 Batch = tuple[Tensor, Tensor]
@@ -133,6 +135,8 @@ class Run:
     passed: Passed | None = None
     """What the pass over all records found: it waits for the link."""
     contents: Contents | None = None
+    evidence: tuple[str, Table, Dossier] | None = None
+    """What verdicts start from, and the head of the linkage store that it is of."""
     linkage: LinkageStore | None = None
     spent: dict[str, int] = field(default_factory=dict)
     resuming: Resuming | None = None

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from caltrain.accountability.cases import Links, Mispredictions, Verdict
+from caltrain.accountability.cases import Dossier, Links, Mispredictions, Verdict
 from caltrain.accountability.verdict import judge
 from caltrain.boundary.sealed import Answers
 from caltrain.crypto.dsse import Envelope
@@ -46,17 +46,8 @@ def verdict(
 
     Raises DataError `linkage.too-large`.
     """
-    manifest = present(run.manifest)
-    table = present(run.linkage).table(run.model_digest, limit=_MOST_BYTES)
-    party, shard = _places(manifest, table)
-    links = Links(
-        table.fingerprints,
-        table.labels,
-        torch.from_numpy(party[table.source].astype(np.int64)),
-        tuple(own.name for own in manifest.parties),
-    )
-    witness = present(run.contents).of(record_key(party[table.source], shard[table.source], table.leaf))
-    found = judge(links, Mispredictions(embeddings, torch.tensor(predicted)), witness)
+    table, dossier = _evidence(run)
+    found = judge(dossier, Mispredictions(embeddings, torch.tensor(predicted)))
     statement = VerdictStatement(
         run=run.vault.run,
         model=run.model_digest,
@@ -68,7 +59,7 @@ def verdict(
         head=run.chain.head,
         predicted=predicted,
         outcome=found.outcome,
-        blamed=_blamed(found, links.contributors),
+        blamed=_blamed(found, dossier.links.contributors),
         kinds=found.kinds,
         found=len(found.suspects.rows),
         suspects=_suspects(table, found.suspects.rows),
@@ -79,6 +70,19 @@ def verdict(
         simulated=run.vault.attester.simulated,
     )
     return run.vault.signing.sign("verdict", statement)
+
+
+def _evidence(run: Run) -> tuple[Table, Dossier]:
+    """All links and the witness to them: put together for the first verdict, kept for as long as no link changes."""
+    store, manifest = present(run.linkage), present(run.manifest)
+    if run.evidence is None or run.evidence[0] != store.head:
+        table = store.table(run.model_digest, limit=_MOST_BYTES)
+        party, shard = _places(manifest, table)
+        sources = torch.from_numpy(party[table.source].astype(np.int64))
+        links = Links(table.fingerprints, table.labels, sources, tuple(own.name for own in manifest.parties))
+        witness = present(run.contents).of(record_key(party[table.source], shard[table.source], table.leaf))
+        run.evidence = store.head, table, Dossier(links, witness)
+    return run.evidence[1:]
 
 
 def padded(run: Run, answers: Answers) -> Answers:
