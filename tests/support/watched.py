@@ -13,12 +13,14 @@ from functools import cache
 from typing import Any, cast, get_args
 
 import msgspec
+import pytest
 from torch import Tensor
 
 from caltrain.boundary import messages as m
 from caltrain.boundary.channel import Channel, Tensors
 from caltrain.boundary.tensors import Role, TensorHead
 from caltrain.crypto.digests import to_text
+from caltrain.enclave import contents
 from caltrain.enclave.pool import PoolShape
 from caltrain.enclave.run import State
 from caltrain.exposure.policy import Bound, Policy
@@ -189,14 +191,14 @@ def audited(plan: Plan) -> Plan:
 
 @cache
 def life(head: int) -> Watched:
-    """A run of 23 records and 4 held out, from the plan to a disclosure, with a pool of two parts."""
-    defaults: dict[str, Any] = PoolShape.fit.__kwdefaults__ or {}
-    before = defaults["part_bytes"]
-    defaults["part_bytes"] = 256
-    try:
+    """A run of 23 records and 4 held out, from the plan to a disclosure.
+
+    With a pool of two parts, and no room to keep what is in the records.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(PoolShape.fit.__kwdefaults__ or {}, "part_bytes", 256)
+        patch.setattr(contents, "_HELD", 0)
         return _live(Watched(head=head, held_out=1, epochs=4, change=audited))
-    finally:
-        defaults["part_bytes"] = before
 
 
 def _live(world: Watched) -> Watched:

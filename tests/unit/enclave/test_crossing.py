@@ -47,7 +47,7 @@ BOTH: dict[str, str] = {
     "hunt": "ask commit, ask show, read center-state, read pool, tell hunt, answer sealed, event hunt",
     "release": "answer sealed, answer signed, event release",
     "link": "write linkage, read linkage, answer signed, event link",
-    "questions": "answer sealed, event query, event disclosure",
+    "questions": "answer sealed, read pool, event query, event disclosure",
     "failure": "answer error, event stopped",
 }
 OWN: dict[str, dict[str, str]] = {
