@@ -34,7 +34,7 @@ class Mispredictions:
 
 
 class Witness(Protocol):
-    """A small model of the records' content that can be had without any contributor's records, or without some records."""
+    """A small model of what records show, which can be had without any contributor's records, and without some."""
 
     def testify(self, rows: Tensor, *, without: frozenset[int] = frozenset(), forget: Tensor | None = None) -> Tensor:
         """Class probabilities (R, C) of the records `rows` (R,).

@@ -78,7 +78,7 @@ def _suspects(found: Tensor, like: Tensor, accused: Tensor) -> Suspects:
 
 
 def _odds(columns: Tensor, found: Tensor) -> Tensor:
-    """Log odds (n,) of belonging to `found`, by Fisher's discriminant with a shrunk covariance, each row by other rows."""
+    """Log odds (n,) of belonging to `found`, by Fisher's discriminant, shrunk; each row by other rows."""
     fold = torch.arange(len(columns)) % _FOLDS
     odds = torch.empty(len(columns))
     for number in range(_FOLDS):

@@ -135,11 +135,7 @@ def _blames(looks: list[tuple[_Class, Look]], adjusted: NDArray[np.float64], con
 
 def _reason(blamed: tuple[int, ...], near: bool) -> str:
     if blamed:
-        return (
-            "near the mispredictions, records that contradict their labels are these contributors' beyond their share"
-        )
+        return "nearby records that contradict their labels are these contributors' beyond their share"
     if near:
-        return (
-            "records nearby are one contributor's beyond its share, but their content does not contradict their labels"
-        )
+        return "nearby records are one contributor's beyond its share, but do not contradict their labels"
     return "no contributor's records are behind the mispredictions beyond its share of the data"
