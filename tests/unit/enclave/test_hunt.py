@@ -10,6 +10,7 @@ import torch
 from caltrain.accountability.cases import Links
 from caltrain.accountability.labels import examine
 from caltrain.accountability.scans import activation_clusters, spectral
+from caltrain.accountability.witness import WitnessBuilder
 from caltrain.boundary import messages as m
 from caltrain.boundary.sealed import Scan, SuspicionReport, open_for
 from caltrain.enclave import contents, pool
@@ -165,8 +166,8 @@ def test_the_pool_behind_what_is_kept_is_read_whole_and_in_order(monkeypatch: py
 
 def test_a_record_whose_contents_overflow_stops_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     world = World().run_to(State.TRAINED)
-    features = contents.WitnessBuilder.add
-    monkeypatch.setattr(contents.WitnessBuilder, "add", lambda *given: features(*given) * torch.inf)
+    features = WitnessBuilder.add
+    monkeypatch.setattr(WitnessBuilder, "add", lambda *given: features(*given) * torch.inf)
     world.refused(m.Hunt(), "hunt.not-finite")
 
 
