@@ -20,7 +20,7 @@ from caltrain.accountability.witness import LeaveOut, PatchFeatures, WitnessBuil
 from caltrain.crypto.kdf import derive
 from caltrain.enclave.ingest import contributors_of, record_keys, unpack
 from caltrain.enclave.pool import Pool, Rows
-from caltrain.errors import IntegrityError
+from caltrain.errors import UNCOMPUTABLE, IntegrityError
 from caltrain.records.commitment import RecordRef
 from caltrain.records.schema import DataSchema
 
@@ -52,7 +52,10 @@ class Learning:
         sample, _ = unpack(pool.rows(0, min(_SAMPLE, pool.shape.records)), schema)
         filters = min(_MOST_FILTERS, max(_LEAST_FILTERS, pool.shape.records // _RECORDS_A_FILTER))
         number = int.from_bytes(derive(seed, "witness/v1")[:4], "big")
-        features = PatchFeatures.draw(sample, filters=filters, seed=number)
+        try:
+            features = PatchFeatures.draw(sample, filters=filters, seed=number)
+        except UNCOMPUTABLE:
+            raise not_finite("contents") from None
         self._pool, self._schema = pool, schema
         self._builder = WitnessBuilder(features, contributors=contributors, classes=len(schema.classes))
         room = min(pool.shape.records, _HELD // (2 * features.dims))

@@ -5,13 +5,16 @@ What the pass finds waits for the link, so no record is read for it again.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
+from typing import TypeVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from caltrain.accountability.cases import Links
+from caltrain.accountability.cases import Dossier, Links
 from caltrain.accountability.labels import LabelFindings, examine
 from caltrain.accountability.neighbours import label_disagreement
 from caltrain.accountability.scans import activation_clusters, spectral
@@ -21,6 +24,7 @@ from caltrain.enclave.contents import Contents, Learning, Passed, not_finite
 from caltrain.enclave.ingest import contributors_of, lineage, unpack
 from caltrain.enclave.run import Run, State, present
 from caltrain.enclave.zones import joined, same_center, shown_center
+from caltrain.errors import UNCOMPUTABLE
 from caltrain.exposure.figures import Estimate
 from caltrain.models.network import features_and_logits
 from caltrain.models.weights import model_digest, state_of
@@ -28,27 +32,21 @@ from caltrain.plan import ManifestParty
 from caltrain.training.batches import center_crop, normalise
 
 _BATCH = 256
-Scores = Mapping[Scan, Tensor]
+Scores = Mapping[Scan, Tensor | None]
+Steps = NDArray[np.uint16]
+T = TypeVar("T")
 
 
 def hunt(run: Run, _message: Hunt) -> tuple[Done, State]:
     """Join the zones, pass all records, scan them; seal to each party what was found of its own."""
-    plan, manifest, course = present(run.plan), present(run.manifest), present(run.course)
+    plan, course = present(run.plan), present(run.course)
     same_center(run)
     model = joined(run, shown_center(run, (course.epoch, course.step), course.center))
     run.model, run.model_digest = model, model_digest(plan.model, state_of(model))
     run.passed, run.contents = _pass(run)
-    names = tuple(party.name for party in manifest.parties)
-    links = Links(run.passed.fingerprints, run.passed.labels, run.passed.sources, names)
-    findings = examine(links, run.contents)
-    scores: Scores = {
-        "disagreement": label_disagreement(links.fingerprints, links.labels, k=plan.trace.suspicion_neighbours),
-        "labels": findings.suspicion,
-        "spectral": spectral(links),
-        "clusters": activation_clusters(links),
-    }
-    sealed = _reports(run, scores, _shares(run, findings))
-    body: dict[str, object] = {"model": run.model_digest, "records": len(links.labels), "scans": sorted(scores)}
+    scores, shares = _scan(run, run.passed, run.contents)
+    sealed = _reports(run, scores, shares)
+    body: dict[str, object] = {"model": run.model_digest, "records": len(run.passed.labels), "scans": sorted(scores)}
     run.record_once("hunt", body)
     return Done(sealed=sealed), State.HUNTED
 
@@ -79,13 +77,36 @@ def _pass(run: Run) -> tuple[Passed, Contents]:
     return Passed(fingerprints, torch.cat(labels), torch.cat(sources), passed.lines), learning.done()
 
 
-def _shares(run: Run, findings: LabelFindings) -> dict[str, Estimate]:
-    """By party, its estimated share of wrong labels."""
+def _scan(run: Run, passed: Passed, contents: Contents) -> tuple[Scores, dict[str, Estimate]]:
+    """By scan the suspicion (N,) of every record, by party its estimated share of wrong labels."""
     parties = present(run.manifest).parties
-    return {
-        party.name: Estimate(round(own.share, 3), round(own.low, 3), round(own.high, 3), _records(party))
-        for party, own in zip(parties, findings.shares, strict=True)
+    links = Links(passed.fingerprints, passed.labels, passed.sources, tuple(party.name for party in parties))
+    k = present(run.plan).trace.suspicion_neighbours
+    findings = _tried(lambda: examine(Dossier(links, contents)))
+    outlying = _tried(lambda: spectral(links))
+    scores: Scores = {
+        "disagreement": label_disagreement(links.fingerprints, links.labels, k=k),
+        "labels": None if findings is None else findings.suspicion,
+        "spectral": None if outlying is None else outlying / (1 + outlying),
+        "clusters": _tried(lambda: activation_clusters(links)),
     }
+    return scores, {party.name: _share(i, party, findings) for i, party in enumerate(parties)}
+
+
+def _tried(scan: Callable[[], T]) -> T | None:
+    """What a scan finds. One whose figures fail on these records costs nobody the model."""
+    try:
+        return scan()
+    except UNCOMPUTABLE:
+        return None
+
+
+def _share(index: int, party: ManifestParty, findings: LabelFindings | None) -> Estimate:
+    """A party's share of wrong labels; anything from 0 to 1 where that could not be worked out."""
+    figures = (findings.shares, findings.low, findings.high) if findings else ()
+    own = [round(float(figure[index]), 3) for figure in figures]
+    share, low, high = own if own and all(map(math.isfinite, own)) else (0.0, 0.0, 1.0)
+    return Estimate(share, low, high, _records(party))
 
 
 def _records(party: ManifestParty) -> int:
@@ -93,16 +114,10 @@ def _records(party: ManifestParty) -> int:
 
 
 def _reports(run: Run, scores: Scores, shares: Mapping[str, Estimate]) -> dict[str, bytes]:
-    """Sealed to each party, of its own records: suspicion by each scan; the shares that the plan lets it see.
-
-    A record that was not passed has the last score, `LEFT_OUT`.
-    """
+    """Sealed to each party, of its own records: suspicion by each scan; the shares that the plan lets it see."""
     plan, lines = present(run.plan), present(run.passed).lines
     place = {(record.party, record.shard, record.leaf): row for row, (record, _) in enumerate(lines)}
-    steps = {
-        scan: np.append((own.clamp(0, 1) * 1000).round().numpy(), LEFT_OUT).astype("<u2")
-        for scan, own in scores.items()
-    }
+    steps = {scan: _in_steps(own, len(lines)) for scan, own in scores.items()}
     sealed: dict[str, bytes] = {}
     for party in present(run.manifest).parties:
         rows = {
@@ -118,3 +133,11 @@ def _reports(run: Run, scores: Scores, shares: Mapping[str, Estimate]) -> dict[s
         key = run.vault.parties[party.name].data_key
         sealed[party.name] = seal_for(key, "suspicion/v1", report, context=run.vault.run)
     return sealed
+
+
+def _in_steps(scores: Tensor | None, records: int) -> Steps:
+    """Scores in steps of 1/1000 (N + 1,): the last is of records that were not passed, `LEFT_OUT`, as are unknown ones."""
+    found = np.full(records + 1, LEFT_OUT, "<u2")
+    if scores is not None and bool(scores.isfinite().all()):
+        found[:-1] = (scores.clamp(0, 1) * 1000).round().numpy()
+    return found

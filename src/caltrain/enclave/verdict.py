@@ -21,6 +21,7 @@ from caltrain.crypto.dsse import Envelope
 from caltrain.enclave.ingest import record_key
 from caltrain.enclave.linkage import Table
 from caltrain.enclave.run import Run, present
+from caltrain.errors import UNCOMPUTABLE, DataError
 from caltrain.exposure.figures import Estimate
 from caltrain.plan import RunManifest
 from caltrain.provenance.verdict import (
@@ -44,10 +45,18 @@ def verdict(
 ) -> Envelope:
     """Judge mispredicted inputs, given their embeddings (Q, D) and commitments; signed.
 
-    Raises DataError `linkage.too-large`.
+    Raises DataError `linkage.too-large`, `verdict.not-computable`.
     """
     table, dossier = _evidence(run)
-    found = judge(dossier, Mispredictions(embeddings, torch.tensor(predicted)))
+    try:
+        found = judge(dossier, Mispredictions(embeddings, torch.tensor(predicted)))
+    except UNCOMPUTABLE:
+        raise DataError(
+            "verdict.not-computable",
+            "the figures of a verdict on these inputs cannot be worked out",
+            step="verdict",
+            fix="Ask about fewer or other inputs; traces of them can be had.",
+        ) from None
     statement = VerdictStatement(
         run=run.vault.run,
         model=run.model_digest,

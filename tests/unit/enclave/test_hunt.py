@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Any
+
 import msgspec
 import numpy as np
 import pytest
 import torch
 
-from caltrain.accountability.cases import Links
-from caltrain.accountability.labels import examine
+from caltrain.accountability.cases import Dossier, Links
+from caltrain.accountability.labels import LabelFindings, examine
 from caltrain.accountability.scans import activation_clusters, spectral
-from caltrain.accountability.witness import WitnessBuilder
+from caltrain.accountability.witness import PatchFeatures, WitnessBuilder
 from caltrain.boundary import messages as m
 from caltrain.boundary.sealed import Scan, SuspicionReport, open_for
 from caltrain.enclave import contents, pool
 from caltrain.enclave.run import State, present
 from caltrain.errors import IntegrityError
+from caltrain.exposure.figures import Estimate
 from caltrain.plan import Plan
 from support.world import PARTIES, World
 
@@ -62,9 +66,10 @@ def test_each_record_has_the_score_of_each_scan_over_all_records() -> None:
     world = World().run_to(State.HUNTED)
     passed = present(world.run.passed)
     links = Links(passed.fingerprints, passed.labels, passed.sources, PARTIES)
+    outlying = spectral(links)
     expected: dict[Scan, torch.Tensor] = {
-        "labels": examine(links, present(world.run.contents)).suspicion,
-        "spectral": spectral(links),
+        "labels": examine(Dossier(links, present(world.run.contents))).suspicion,
+        "spectral": outlying / (1 + outlying),
         "clusters": activation_clusters(links),
     }
     place = {reference: row for row, (reference, _) in enumerate(passed.lines)}
@@ -169,6 +174,49 @@ def test_a_record_whose_contents_overflow_stops_the_run(monkeypatch: pytest.Monk
     features = WitnessBuilder.add
     monkeypatch.setattr(WitnessBuilder, "add", lambda *given: features(*given) * torch.inf)
     world.refused(m.Hunt(), "hunt.not-finite")
+
+
+def test_filters_that_cannot_be_drawn_stop_the_run_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PatchFeatures, "draw", fails)
+    World().run_to(State.TRAINED).refused(m.Hunt(), "hunt.not-finite")
+
+
+def fails(*_given: object, **_more: object) -> Any:
+    raise RuntimeError("no convergence")
+
+
+SCANS: dict[str, Scan] = {"examine": "labels", "spectral": "spectral", "activation_clusters": "clusters"}
+
+
+@pytest.mark.parametrize("name", SCANS)
+def test_a_scan_that_cannot_be_worked_out_costs_nobody_the_model(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(f"caltrain.enclave.hunt.{name}", fails)
+    world = World(change=shared).run_to(State.HUNTED)
+    lengths = {party: len(sealed) for party, sealed in world.suspicion.items()}
+    assert scores(world, SCANS[name]) == [None] * 27
+    assert None not in scores(world, "disagreement")
+    shares = reports(world)["beta"].wrong_labels
+    assert (set(shares.values()) == {Estimate(0.0, 0.0, 1.0, 9)}) is (name == "examine")
+    monkeypatch.undo()
+    whole = World(change=shared).run_to(State.LINKED)
+    assert {party: len(sealed) for party, sealed in whole.suspicion.items()} == lengths
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_figures_that_are_no_numbers_are_told_as_unknown(value: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    def strange(dossier: Dossier) -> LabelFindings:
+        found = examine(dossier)
+        found.suspicion[3] = value
+        shares = found.shares.clone()
+        shares[0] = value
+        return dataclasses.replace(found, shares=shares)
+
+    monkeypatch.setattr("caltrain.enclave.hunt.examine", strange)
+    world = World(change=shared).run_to(State.HUNTED)
+    assert scores(world, "labels") == [None] * 27
+    shares = reports(world)["beta"].wrong_labels
+    assert shares["alpha"] == Estimate(0.0, 0.0, 1.0, 9)
+    assert shares["beta"] != Estimate(0.0, 0.0, 1.0, 9)
 
 
 def test_a_run_that_is_taken_up_after_the_hunt_hunts_again_and_notes_it_once() -> None:

@@ -193,6 +193,21 @@ def test_links_that_take_too_much_memory_are_refused_and_the_question_counts(mon
     asked_for_verdict(world)
 
 
+def test_a_verdict_that_cannot_be_worked_out_is_a_named_error_and_the_run_goes_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fails() -> Verdict:
+        raise RuntimeError("no convergence")
+
+    world = linked()
+    with monkeypatch.context() as patch:
+        judged_as(patch, fails)
+        reply = world.send(m.Query("una", world.question("verdict", pictures(3, seed=99)).envelope))
+    assert isinstance(reply, m.Failed)
+    assert (reply.error["code"], reply.fatal, world.run.spent) == ("verdict.not-computable", False, {"una": 3})
+    asked_for_verdict(world)
+
+
 def test_each_input_counts_and_the_chain_notes_a_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
     judged_as(monkeypatch, lambda: NOBODY)
     world = linked(budget=5)
