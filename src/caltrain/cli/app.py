@@ -28,7 +28,7 @@ app.command("demo", rich_help_panel=_START, short_help="the whole story on one m
 app.command("doctor", rich_help_panel=_START, short_help="what holds on this machine")(doctor.doctor)
 app.command("new", rich_help_panel=_START, short_help="scaffold a project")(plan.new)
 app.add_typer(plan.app, name="plan", rich_help_panel=_PARTY, short_help="check, digest, approve a plan")
-app.add_typer(party.app, name="party", rich_help_panel=_PARTY, short_help="keygen, seal, join, disclose")
+app.add_typer(party.app, name="party", rich_help_panel=_PARTY, short_help="keygen, seal, join, hunt, disclose")
 app.add_typer(host.app, name="host", rich_help_panel=_HOST, short_help="serve a run")
 app.add_typer(host.train_app, name="train", rich_help_panel=_HOST, short_help="start a run and watch it")
 app.command("serve", rich_help_panel=_HOST, short_help="serve packaged models")(serving.serve)
