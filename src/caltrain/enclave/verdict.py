@@ -36,7 +36,7 @@ from caltrain.provenance.verdict import (
 
 METHOD = "nearest-and-witness/v1"
 _MOST_BYTES = 4 << 30
-# How much of a signed verdict is what, in bytes of JSON, rounded up; see `padded`.
+# How much of a signed verdict is what, in bytes of JSON, rounded up.
 _FIXED, _A_PARTY, _AN_INPUT, _A_SHARD, _A_RECORD = 4096, 256, 48, 192, 64
 
 
@@ -98,15 +98,20 @@ def padded(run: Run, answers: Answers) -> Answers:
     """The answer, as long as any to so many inputs of this run: neither names nor numbers of suspects show in it."""
     manifest = present(run.manifest)
     shards = sum(len(party.shards) for party in manifest.parties)
+    room = room_for(len(answers.predicted), parties=len(manifest.parties), shards=shards, records=manifest.records())
+    return msgspec.structs.replace(answers, padding=bytes(room - len(msgspec.msgpack.encode(answers))))
+
+
+def room_for(inputs: int, *, parties: int, shards: int, records: int) -> int:
+    """Bytes that are enough for any answer with a verdict, and for padding that takes a head of one size."""
     statement = (
         _FIXED
-        + _A_PARTY * len(manifest.parties)
-        + _AN_INPUT * len(answers.predicted)
+        + _A_PARTY * parties
+        + _AN_INPUT * inputs
         + _A_SHARD * min(shards, MAX_SUSPECT_SHARDS)
-        + _A_RECORD * min(manifest.records(), MAX_SUSPECTS)
+        + _A_RECORD * min(records, MAX_SUSPECTS)
     )
-    room = statement * 4 // 3 + (1 << 17)  # in base64; behind it enough for padding to have a head of one size
-    return msgspec.structs.replace(answers, padding=bytes(room - len(msgspec.msgpack.encode(answers))))
+    return statement * 4 // 3 + (1 << 17)  # in base64
 
 
 def _places(manifest: RunManifest, table: Table) -> tuple[np.ndarray, np.ndarray]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Callable
 from typing import Any, get_args
 
@@ -13,7 +14,9 @@ import torch
 from caltrain.accountability import cases
 from caltrain.accountability.cases import Dossier, Mispredictions, Verdict
 from caltrain.boundary import messages as m
+from caltrain.boundary.sealed import MAX_SEALED, Answers
 from caltrain.crypto.digests import canonical_json, digest, to_text
+from caltrain.crypto.dsse import MAX_ENVELOPE_BYTES, SigningKey
 from caltrain.crypto.merkle import merkle_root
 from caltrain.enclave import verdict as module
 from caltrain.enclave.run import State, present
@@ -21,11 +24,13 @@ from caltrain.exposure.figures import Estimate
 from caltrain.plan import Plan
 from caltrain.provenance import verdict as statements
 from caltrain.records.commitment import RecordRef
+from caltrain.records.shard import MAX_SHARD_RECORDS
 from caltrain.training.spec import CenterSpec
 from support.oracle import known_records, released_model
 from support.verdicts import NOBODY, asked_for_verdict, somebody
 from support.world import PARTIES, World, pictures
 
+DIGEST = "sha256:" + "0" * 64
 Judged = list[tuple[Dossier, Mispredictions]]
 
 
@@ -152,13 +157,61 @@ def test_all_verdicts_on_so_many_inputs_are_equally_long(monkeypatch: pytest.Mon
     assert lengths[0] < 300_000
 
 
-def test_the_longest_verdict_has_room(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_reason_without_end_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     longest = somebody([*range(27)])
     judged_as(monkeypatch, lambda: Verdict(**(vars(longest) | {"reason": "x" * 5000})))
-    world = linked()
-    _, answers, said = asked_for_verdict(world)
+    _, answers, said = asked_for_verdict(linked())
     assert len(said.reason) == statements.MAX_REASON
     assert len(answers.padding) >= 1 << 16
+
+
+@pytest.mark.parametrize(
+    ("inputs", "parties", "shards", "records"), [(1, 1, 1, 1), (1024, 256, 1 << 20, 1 << 30), (1024, 2, 3, 50_000)]
+)
+def test_the_longest_verdict_has_room_and_an_envelope(inputs: int, parties: int, shards: int, records: int) -> None:
+    named, listed = min(shards, statements.MAX_SUSPECT_SHARDS), min(records, statements.MAX_SUSPECTS)
+    share, name = 0.123, "n" * 40
+    kinds: tuple[statements.Kind, ...] = ("out-of-distribution",) * inputs
+    each = listed // named
+    suspects = tuple(
+        statements.SuspectRecords(
+            party=name,
+            shard="f" * 32,
+            leaves=(MAX_SHARD_RECORDS,) * each,
+            commitments=base64.b64encode(bytes(32 * each)).decode(),
+        )
+        for _ in range(named)
+    )
+    blamed = statements.Blamed(
+        party=name, responsible=False, share_of_blame=share, share_of_data=share, p_value=0.1234, adjusted=0.1234
+    )
+    statement = statements.VerdictStatement(
+        run="f" * 32,
+        model=DIGEST,
+        method="m" * 40,
+        user=name,
+        nonce="f" * 64,
+        inputs=inputs,
+        input_commitment=DIGEST,
+        head=DIGEST,
+        predicted=(1 << 20,) * inputs,
+        outcome="responsible",
+        blamed=(blamed,) * parties,
+        kinds=kinds,
+        found=1 << 40,
+        suspects=suspects,
+        precision=Estimate(share, share, share, 1 << 40),
+        reason="x" * statements.MAX_REASON,
+        audit_rate=0.12345,
+        resumes=1 << 20,
+        simulated=False,
+    )
+    envelope = SigningKey().sign("verdict", statement)
+    assert len(envelope.payload) < MAX_ENVELOPE_BYTES
+    answers = Answers(model=DIGEST, predicted=statement.predicted, verdict=envelope, budget_left=1 << 30)
+    room = module.room_for(inputs, parties=parties, shards=shards, records=records)
+    assert len(msgspec.msgpack.encode(answers)) + (1 << 16) <= room
+    assert room < MAX_SEALED
 
 
 def test_a_real_verdict_on_random_pictures_names_nobody() -> None:
