@@ -171,7 +171,7 @@ def test_a_reason_without_end_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_longest_verdict_has_room_and_an_envelope(inputs: int, parties: int, shards: int, records: int) -> None:
     named, listed = min(shards, statements.MAX_SUSPECT_SHARDS), min(records, statements.MAX_SUSPECTS)
     share, name = 0.123, "n" * 40
-    kinds: tuple[statements.Kind, ...] = ("out-of-distribution",) * inputs
+    kind: statements.Kind = "out-of-distribution"
     each = listed // named
     suspects = tuple(
         statements.SuspectRecords(
@@ -197,7 +197,7 @@ def test_the_longest_verdict_has_room_and_an_envelope(inputs: int, parties: int,
         predicted=(1 << 20,) * inputs,
         outcome="responsible",
         blamed=(blamed,) * parties,
-        kinds=kinds,
+        kinds=(kind,) * inputs,
         found=1 << 40,
         suspects=suspects,
         precision=Estimate(share, share, share, 1 << 40),
