@@ -1,9 +1,9 @@
 """Wrong labels: how likely each record's is wrong, and what share of each contributor's.
 
-Two views of every record that did not learn from it: the trained network's (softmax regression on fingerprints, out of
-fold) and the witness's (never saw the contributor). They are joined by a regression, and given labels are then taken
-as what annotators of unequal care made of true ones: a contributor has one error rate, wrong labels fall on classes
-alike for all (Raykar et al., JMLR 2010, with one label a record). Expectation and maximisation take turns.
+Two views of a record are multiplied: the witness's, which never saw its contributor, and the trained network's, which
+saw it but has not made room for what does not fit. Given labels are then taken as what annotators of unequal care made
+of true ones: a contributor has one rate of error, and where a class's wrong labels fall is the same for all (Dawid and
+Skene 1979; Raykar et al., JMLR 2010, here with one label a record).
 """
 
 from __future__ import annotations
@@ -15,54 +15,45 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from caltrain.accountability.cases import Dossier
+from caltrain.accountability.quality import Shares, shares_of_wrong_labels
 from caltrain.accountability.regression import out_of_fold
 
-_ROUNDS = 8
-_LEAST = 1e-6
+_ROUNDS = 3
+_LEAST = 1e-9
+_CAREFUL = 0.02
+"""Nobody is taken to be more careful than this: a rate of zero would clear a contributor whatever its records show."""
+_SCATTERED = 5.0  # wrong labels of each class that are taken to fall anywhere, before any is seen
 
 
 @dataclass(frozen=True)
 class LabelFindings:
-    """`suspicion` (N,) that a label is wrong, 0..1; per contributor (P,) its share of wrong labels, and the interval."""
+    """`suspicion` (N,) in 0..1 that a record's label is wrong; the contributors' shares of wrong labels."""
 
     suspicion: Tensor
-    shares: Tensor
-    low: Tensor
-    high: Tensor
+    shares: Shares
 
 
-def examine(dossier: Dossier) -> LabelFindings:
-    """Look at all labels."""
+def examine(dossier: Dossier, probabilities: Tensor) -> LabelFindings:
+    """Look at all labels; `probabilities` (N, C) are the trained network's for its own records."""
     links = dossier.links
-    given = F.one_hot(links.labels, dossier.said.shape[1]).float()
-    network = out_of_fold(links.fingerprints, given, decay=1e-4)
-    views = torch.cat((network, dossier.said.clamp_min(_LEAST).log()), 1)
-    truth = given
-    rates = torch.full((len(links.contributors),), 0.1)
-    flips = (1 - torch.eye(given.shape[1])) / max(1, given.shape[1] - 1)
+    shares = shares_of_wrong_labels(dossier.said, links.labels, links.sources, len(links.contributors))
+    rates = shares.estimate.clamp(_CAREFUL, 0.9)[links.sources]
+    given = F.one_hot(links.labels, probabilities.shape[1]).float()
+    # The witness is not sharp enough as it is: how sure it may be is learned on records that it is not used on.
+    witness = out_of_fold(dossier.said.clamp_min(_LEAST).log(), given, decay=1e-4)
+    believed = (witness + probabilities.clamp_min(_LEAST).log()).softmax(1)
+    flips = _without_own(torch.ones_like(given[0]).expand(given.shape[1], -1))
+    suspicion = torch.zeros(len(given))
     for _ in range(_ROUNDS):
-        believed = out_of_fold(views, truth, decay=1e-4).exp()
-        truth = _posterior(believed, links.labels, rates[links.sources], flips)
-        rates, flips = _rates(truth, links.labels, links.sources, len(rates)), _flips(truth, given)
-    wrong = 1 - truth.gather(1, links.labels[:, None])[:, 0]
-    return LabelFindings(wrong, rates, rates, rates)
+        right = believed * given * (1 - rates)[:, None]
+        wrong = believed * flips.T[links.labels] * rates[:, None]
+        joint = (right + wrong) / (right + wrong).sum(1, keepdim=True).clamp_min(_LEAST)
+        suspicion = wrong.sum(1) / (right + wrong).sum(1).clamp_min(_LEAST)
+        flips = _without_own(joint.T @ given + _SCATTERED / given.shape[1])
+    return LabelFindings(suspicion, shares)
 
 
-def _posterior(believed: Tensor, labels: Tensor, rates: Tensor, flips: Tensor) -> Tensor:
-    """What the true class of each record is (N, C), given its label."""
-    right = F.one_hot(labels, believed.shape[1]) * (1 - rates)[:, None]
-    joint = believed * (right + rates[:, None] * flips.T[labels])
-    return joint / joint.sum(1, keepdim=True).clamp_min(_LEAST)
-
-
-def _rates(truth: Tensor, labels: Tensor, sources: Tensor, count: int) -> Tensor:
-    wrong = 1 - truth.gather(1, labels[:, None])[:, 0]
-    total = torch.zeros(count).index_add_(0, sources, wrong)
-    return (total / torch.zeros(count).index_add_(0, sources, torch.ones(len(wrong))).clamp_min(1)).clamp(1e-3, 0.9)
-
-
-def _flips(truth: Tensor, given: Tensor) -> Tensor:
-    """Where wrong labels of a true class (C,) fall (C, C), no class on itself."""
-    counts = truth.T @ given
-    counts = (counts + 1) * (1 - torch.eye(len(counts)))
-    return counts / counts.sum(1, keepdim=True)
+def _without_own(counts: Tensor) -> Tensor:
+    """Where wrong labels of each true class (C,) fall (C, C): not on itself; rows sum to one."""
+    counts = counts * (1 - torch.eye(len(counts)))
+    return counts / counts.sum(1, keepdim=True).clamp_min(_LEAST)

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from sklearn.cluster import KMeans
+from sklearn.metrics import silhouette_score
 from torch import Tensor
 
 from caltrain.accountability.cases import Links
+from caltrain.accountability.regression import out_of_fold
 
 _DIMS = 10
 _SAMPLE = 2000
@@ -35,10 +39,23 @@ def activation_clusters(links: Links, *, seed: int = 0) -> Tensor:
         away = links.fingerprints[rows] - links.fingerprints[rows].mean(0)
         axes = torch.linalg.eigh(away.T @ away).eigenvectors[:, -_DIMS:]
         points = (away @ axes).numpy()
-        cluster = (points[:, -1] > np.median(points[:, -1])).astype(np.int64)
+        cluster = KMeans(2, n_init=4, random_state=seed).fit_predict(points)
         small = cluster == np.bincount(cluster, minlength=2).argmin()
-        scores[rows[torch.from_numpy(small)]] = float(1 - small.mean()) * rng.random()
+        if small.all() or not small.any():
+            continue
+        some = rng.permutation(len(points))[:_SAMPLE]
+        apart = silhouette_score(points[some], small[some]) if len(set(small[some])) == 2 else 0.0
+        scores[rows[torch.from_numpy(small)]] = float(max(0.0, apart) * (1 - 2 * small.mean()))
     return scores
+
+
+def confident_learning(links: Links, *, classes: int) -> Tensor:
+    """Suspicion (N,) by cleanlab's self-confidence (Northcutt et al., JAIR 2021), on fingerprints out of fold."""
+    from cleanlab.rank import get_label_quality_scores  # noqa: PLC0415  # with pandas: only where it is asked for
+
+    given = F.one_hot(links.labels, classes).float()
+    said = out_of_fold(links.fingerprints, given, decay=1e-4).double().softmax(1)
+    return 1 - torch.from_numpy(get_label_quality_scores(links.labels.numpy(), said.numpy())).float()
 
 
 def _classes(links: Links) -> list[Tensor]:
