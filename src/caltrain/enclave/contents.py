@@ -33,9 +33,13 @@ _AT_ONCE = 1 << 13  # rows that are worked out anew together
 
 @dataclass(frozen=True)
 class Passed:
-    """What the pass found of every record, in the pool's order: fingerprint (N, D), label, contributor (N,), place."""
+    """What the pass found of every record, in the pool's order.
+
+    Fingerprints (N, D), probabilities (N, C), labels and contributors (N,); where each is, and its commitment.
+    """
 
     fingerprints: Tensor
+    probabilities: Tensor
     labels: Tensor
     sources: Tensor
     lines: list[tuple[RecordRef, bytes]]

@@ -29,6 +29,7 @@ from caltrain.exposure.figures import Estimate
 from caltrain.models.network import features_and_logits
 from caltrain.models.weights import model_digest, state_of
 from caltrain.plan import ManifestParty
+from caltrain.records.commitment import RecordRef
 from caltrain.training.batches import center_crop, normalise
 
 _BATCH = 256
@@ -55,8 +56,8 @@ def _pass(run: Run) -> tuple[Passed, Contents]:
     """Every record through the model and past the witness, without augmentation."""
     plan, manifest, pool, model = present(run.plan), present(run.manifest), present(run.pool), present(run.model)
     learning = Learning(pool, plan.data, contributors=len(manifest.parties), seed=run.seed)
-    features, labels, sources = [], [], []
-    passed = Passed(torch.empty(0), torch.empty(0), torch.empty(0), [])
+    features, odds, labels, sources = [], [], [], []
+    lines: list[tuple[RecordRef, bytes]] = []
     # Blocks follow the last permutation, so the order of access tells nothing of whose record is where.
     for start in range(0, pool.shape.records, pool.shape.block):
         rows = pool.rows(start, min(start + pool.shape.block, pool.shape.records))
@@ -65,16 +66,18 @@ def _pass(run: Run) -> tuple[Passed, Contents]:
             for part in torch.split(elements, _BATCH):
                 x = center_crop(part, plan.model.size)
                 x = normalise(x, plan.data, channels_last=plan.training.channels_last)
-                features.append(features_and_logits(model, plan.model, x)[0])
+                embedding, logits = features_and_logits(model, plan.model, x)
+                features.append(embedding)
+                odds.append(logits.softmax(1))
         learning.add(rows, elements, own_labels)
         labels.append(own_labels)
         sources.append(contributors_of(rows))
-        passed.lines.extend(lineage(rows, manifest))
+        lines += lineage(rows, manifest)
         run.door.progress("hunt", start + len(rows), pool.shape.records)
     fingerprints = torch.cat(features)
     if not bool(fingerprints.isfinite().all()):
         raise not_finite("features")
-    return Passed(fingerprints, torch.cat(labels), torch.cat(sources), passed.lines), learning.done()
+    return Passed(fingerprints, torch.cat(odds), torch.cat(labels), torch.cat(sources), lines), learning.done()
 
 
 def _scan(run: Run, passed: Passed, contents: Contents) -> tuple[Scores, dict[str, Estimate]]:
@@ -82,7 +85,7 @@ def _scan(run: Run, passed: Passed, contents: Contents) -> tuple[Scores, dict[st
     parties = present(run.manifest).parties
     links = Links(passed.fingerprints, passed.labels, passed.sources, tuple(party.name for party in parties))
     k = present(run.plan).trace.suspicion_neighbours
-    findings = _tried(lambda: examine(Dossier(links, contents)))
+    findings = _tried(lambda: examine(Dossier(links, contents), passed.probabilities))
     outlying = _tried(lambda: spectral(links))
     scores: Scores = {
         "disagreement": label_disagreement(links.fingerprints, links.labels, k=k),
@@ -103,7 +106,7 @@ def _tried(scan: Callable[[], T]) -> T | None:
 
 def _share(index: int, party: ManifestParty, findings: LabelFindings | None) -> Estimate:
     """A party's share of wrong labels; anything from 0 to 1 where that could not be worked out."""
-    figures = (findings.shares, findings.low, findings.high) if findings else ()
+    figures = (findings.shares.estimate, findings.shares.low, findings.shares.high) if findings else ()
     own = [round(float(figure[index]), 3) for figure in figures]
     share, low, high = own if own and all(map(math.isfinite, own)) else (0.0, 0.0, 1.0)
     return Estimate(share, low, high, _records(party))

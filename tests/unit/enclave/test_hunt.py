@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import msgspec
@@ -68,7 +67,7 @@ def test_each_record_has_the_score_of_each_scan_over_all_records() -> None:
     links = Links(passed.fingerprints, passed.labels, passed.sources, PARTIES)
     outlying = spectral(links)
     expected: dict[Scan, torch.Tensor] = {
-        "labels": examine(Dossier(links, present(world.run.contents))).suspicion,
+        "labels": examine(Dossier(links, present(world.run.contents)), passed.probabilities).suspicion,
         "spectral": outlying / (1 + outlying),
         "clusters": activation_clusters(links),
     }
@@ -204,12 +203,11 @@ def test_a_scan_that_cannot_be_worked_out_costs_nobody_the_model(name: str, monk
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_figures_that_are_no_numbers_are_told_as_unknown(value: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    def strange(dossier: Dossier) -> LabelFindings:
-        found = examine(dossier)
+    def strange(dossier: Dossier, probabilities: torch.Tensor) -> LabelFindings:
+        found = examine(dossier, probabilities)
         found.suspicion[3] = value
-        shares = found.shares.clone()
-        shares[0] = value
-        return dataclasses.replace(found, shares=shares)
+        found.shares.estimate[0] = value
+        return found
 
     monkeypatch.setattr("caltrain.enclave.hunt.examine", strange)
     world = World(change=shared).run_to(State.HUNTED)
