@@ -151,6 +151,15 @@ def test_what_the_witness_says_does_not_depend_on_how_much_of_it_is_kept(
     torch.testing.assert_close(said, expected, atol=5e-3, rtol=0)
 
 
+def test_records_are_forgotten_once_however_they_are_left_out() -> None:
+    witness = present(World().run_to(State.HUNTED).run.contents)
+    rows, own = torch.arange(27), (witness.sources == 1).nonzero().squeeze(1)
+    without = witness.testify(rows, without=frozenset({1}))
+    assert torch.equal(witness.testify(rows, without=frozenset({1}), forget=own[:4]), without)
+    torch.testing.assert_close(witness.testify(rows, forget=own), without, atol=6e-2, rtol=0)  # from half precision
+    assert not torch.allclose(witness.testify(rows), without, atol=6e-2)
+
+
 def test_the_pool_behind_what_is_kept_is_read_whole_and_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pool.PoolShape, "fit", classmethod(lambda cls, records, size: cls(records, size, 4, 8)))
     monkeypatch.setattr(contents, "_HELD", 0)
