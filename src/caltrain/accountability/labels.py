@@ -1,7 +1,8 @@
 """Wrong labels: how likely each record's is wrong, and what share of each contributor's.
 
 Two views of a record are multiplied: the witness's, which never saw its contributor, and the trained network's, which
-saw it but has not made room for what does not fit. Given labels are then taken as what annotators of unequal care made
+saw it but has not made room for what does not fit (for the shares, where it must not have seen it, a regression on
+fingerprints, out of fold). Given labels are then taken as what annotators of unequal care made
 of true ones: a contributor has one rate of error, and where a class's wrong labels fall is the same for all (Dawid and
 Skene 1979; Raykar et al., JMLR 2010, here with one label a record).
 """
@@ -36,11 +37,12 @@ class LabelFindings:
 def examine(dossier: Dossier, probabilities: Tensor) -> LabelFindings:
     """Look at all labels; `probabilities` (N, C) are the trained network's for its own records."""
     links = dossier.links
-    shares = shares_of_wrong_labels(dossier.said, links.labels, links.sources, len(links.contributors))
-    rates = shares.estimate.clamp(_CAREFUL, 0.9)[links.sources]
     given = F.one_hot(links.labels, probabilities.shape[1]).float()
     # The witness is not sharp enough as it is: how sure it may be is learned on records that it is not used on.
     witness = out_of_fold(dossier.said.clamp_min(_LEAST).log(), given, decay=1e-4)
+    view = (witness + out_of_fold(links.fingerprints, given, decay=1e-4)).softmax(1)
+    shares = shares_of_wrong_labels(view, links.labels, links.sources, len(links.contributors))
+    rates = shares.estimate.clamp(_CAREFUL, 0.9)[links.sources]
     believed = (witness + probabilities.clamp_min(_LEAST).log()).softmax(1)
     flips = _without_own(torch.ones_like(given[0]).expand(given.shape[1], -1))
     suspicion = torch.zeros(len(given))

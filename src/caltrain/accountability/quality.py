@@ -1,24 +1,32 @@
-"""Each contributor's share of wrong labels, with an interval, from how often a witness agrees with its labels.
+"""Each contributor's share of wrong labels, with an interval, from how far a view of the records agrees with them.
 
-A witness errs too, and more on hard records. What it errs on honest labels is read off the contributor with which it
-agrees most, within strata of records of which it is about equally sure; there a share r of wrong labels lowers the
-agreement by r times (1 - e - a), with e the witness's error and a how often it happens upon the very wrong label. a is
-not known: it lies between chance and e (an annotator who errs exactly as the witness does), and the interval covers
-both, and twice the standard error. What the records cannot tell: wrong labels that even the best contributor has
-among records of which the witness is sure are within the interval's upper end, others that it has are not.
+The view errs too, and more on hard records. How much it errs on right labels is read off the contributor with which it
+agrees most, within strata of records on which it is about equally sure. There a share r of wrong labels lowers the mean
+probability of the given label by r (1 - e - a): e is the view's error, a what it gives the very wrong label. Two things
+are not known, and the interval covers both:
+
+  a            between chance and e (an annotator who errs exactly as the view does)
+  hard strata  where e is so large that agreement would hardly fall, wrong labels may be as often as elsewhere, or more
+               often in proportion to e (annotators err on hard records)
+
+Nothing here says how many wrong labels the best contributor has among records on which the view is unsure.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from scipy.optimize import nnls
 from torch import Tensor
 
-_STRATA = 8
-_BLUNT = 0.3
-"""Where agreement would fall by less than this with every label wrong, nothing is concluded from it."""
+_STRATA = 10
+_BLUNT = 0.3  # what agreement must be able to fall by, for anything to be concluded from it
+_ERRORS = 3.0  # standard errors at either end: they are of strata that were chosen by the same records
 _SAMPLE = 100_000
+Array = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -30,44 +38,104 @@ class Shares:
     high: Tensor
 
 
-def shares_of_wrong_labels(said: Tensor, labels: Tensor, sources: Tensor, contributors: int) -> Shares:
-    """From what the witness says (N, C), which never saw a record's contributor. Needs two contributors to compare.
+def shares_of_wrong_labels(view: Tensor, labels: Tensor, sources: Tensor, contributors: int) -> Shares:
+    """From class probabilities (N, C) of records that were not used to make them.
 
-    A contributor without records has a share anywhere from 0 to 1.
+    Contributors are compared with one another: one alone has an estimate of 0. One without records has any share.
     """
-    agreed, count = _agreement(said, labels, sources, contributors)
-    weights = count / count.sum(1, keepdim=True).clamp_min(1)
-    best = int((agreed * weights).sum(1).argmax())
-    error, spread = 1 - agreed[best], (agreed * (1 - agreed) + 0.25 / count.clamp_min(1)) / count.clamp_min(1)
-    drop, doubt = agreed[best] - agreed, spread + spread[best]
-    chance = 1 / max(1, said.shape[1] - 1)
-
-    def share(meets: float) -> tuple[Tensor, Tensor]:
-        """Estimate and standard error, if a share `meets` of the witness's errors are the annotator's."""
-        falls = 1 - error * (1 + meets)
-        told = falls >= _BLUNT
-        part = torch.where(told, drop / falls.clamp_min(_BLUNT), 0.0) * weights
-        known = (told * weights).sum(1).clamp_min(1e-6)
-        sure = torch.where(told, doubt / falls.clamp_min(_BLUNT).square(), 0.0) * weights.square()
-        # Where nothing can be told, labels are taken to be as often wrong as where something can.
-        return part.sum(1) / known, sure.sum(1).sqrt() / known
-
-    (few, few_error), (some, _), (many, many_error) = share(chance), share((chance + 1) / 2), share(1.0)
-    unseen = float((error + 2 * spread[best].sqrt()).min())
-    low = (torch.minimum(few, some) - 2 * few_error).clamp(0, 1)
-    high = torch.maximum(torch.maximum(many, some) + 2 * many_error, torch.zeros(())) + unseen
-    low[best] = 0.0
-    empty = count.sum(1) == 0
-    return Shares(some.clamp(0, 1), torch.where(empty, 0.0, low), torch.where(empty, 1.0, high.clamp(0, 1)))
+    strata = _Strata.of(view, labels, sources, contributors)
+    chance = 1 / max(1, view.shape[1] - 1)
+    few, some, many = (strata.told(meets) for meets in (chance, (1 + chance) / 2, 1.0))
+    unseen = float((strata.error + 2 * np.sqrt(strata.spread[strata.best])).min())
+    estimate = np.array([some.fitted(c) for c in range(contributors)])
+    low = np.array([few.mean(c) - _ERRORS * few.deviation(c) for c in range(contributors)])
+    high = np.array([max(many.highest(c), some.highest(c)) + unseen for c in range(contributors)])
+    estimate[strata.best], low[strata.best] = 0.0, 0.0
+    empty = strata.weights.sum(1) == 0
+    low, high = np.where(empty, 0.0, np.minimum(low, estimate)), np.where(empty, 1.0, np.maximum(high, estimate))
+    found = (torch.from_numpy(np.clip(each, 0.0, 1.0)).float() for each in (estimate, low, high))
+    return Shares(*found)
 
 
-def _agreement(said: Tensor, labels: Tensor, sources: Tensor, contributors: int) -> tuple[Tensor, Tensor]:
-    """How often the witness agrees, and with how many records, by contributor and stratum (P, S)."""
-    top = said.topk(min(2, said.shape[1]), dim=1).values.clamp_min(1e-9)
-    lead = (top[:, 0] / top[:, -1]).log()
-    sample = lead[:: max(1, len(lead) // _SAMPLE)]
-    edges = torch.quantile(sample, torch.linspace(0, 1, _STRATA + 1)[1:-1])
-    cell = sources * _STRATA + torch.bucketize(lead, edges)
-    count = torch.bincount(cell, minlength=contributors * _STRATA).float()
-    right = torch.zeros(len(count)).index_add_(0, cell, (said.argmax(1) == labels).float())
-    return (right / count.clamp_min(1)).view(contributors, _STRATA), count.view(contributors, _STRATA)
+@dataclass(frozen=True)
+class _Told:
+    """What the strata tell of the share, given how often the view meets the annotator's error."""
+
+    strata: _Strata
+    shares: Array  # (P, S)
+    spread: Array  # (P, S), variances
+    here: NDArray[np.bool_]  # (S,): strata that tell anything
+
+    def _weights(self, contributor: int) -> Array:
+        weights = self.strata.weights[contributor] * self.here
+        return np.asarray(weights / max(weights.sum(), 1e-9))
+
+    def mean(self, contributor: int) -> float:
+        """Where something is told."""
+        return float(self._weights(contributor) @ self.shares[contributor])
+
+    def deviation(self, contributor: int) -> float:
+        """Standard error of that mean."""
+        return float(np.sqrt(self._weights(contributor) ** 2 @ self.spread[contributor]))
+
+    def fitted(self, contributor: int) -> float:
+        """Of all records: where nothing is told, by the line in e that fits where something is."""
+        if not self.here.any():
+            return 0.0
+        scale = 1 / np.sqrt(self.spread[contributor][self.here])
+        line = np.stack((np.ones(len(self.strata.error)), self.strata.error), 1)
+        found, _ = nnls(line[self.here] * scale[:, None], self.shares[contributor][self.here] * scale)
+        return self._over(contributor, line @ found)
+
+    def highest(self, contributor: int) -> float:
+        """Of all records: where nothing is told, in proportion to e; with the mean at its upper end."""
+        end = self.mean(contributor) + _ERRORS * self.deviation(contributor)
+        error = self.strata.error
+        usual = max(float(self._weights(contributor) @ error), 1e-3)
+        return self._over(contributor, end / usual * error) + _ERRORS * self.deviation(contributor)
+
+    def _over(self, contributor: int, elsewhere: Array) -> float:
+        shares = np.where(self.here, self.shares[contributor], np.clip(elsewhere, 0.0, 1.0))
+        return float(self.strata.weights[contributor] @ shares)
+
+
+@dataclass(frozen=True)
+class _Strata:
+    """By contributor and stratum (P, S): mean probability of the given label, its variance, share of records."""
+
+    agreed: Array
+    spread: Array
+    weights: Array
+    best: int
+
+    @classmethod
+    def of(cls, view: Tensor, labels: Tensor, sources: Tensor, contributors: int) -> _Strata:
+        given = view.gather(1, labels[:, None])[:, 0].double()
+        top = view.topk(min(2, view.shape[1]), dim=1).values.clamp_min(1e-9)
+        lead = (top[:, 0] / top[:, -1]).log()
+        edges = torch.quantile(lead[:: max(1, len(lead) // _SAMPLE)], torch.linspace(0, 1, _STRATA + 1)[1:-1])
+        cell = sources * _STRATA + torch.bucketize(lead, edges)
+
+        def total(values: Tensor) -> Array:
+            zeros = torch.zeros(contributors * _STRATA, dtype=torch.float64)
+            return np.asarray(zeros.index_add_(0, cell, values).view(contributors, _STRATA).numpy())
+
+        count = total(torch.ones_like(given))
+        some = np.maximum(count, 1)
+        agreed = total(given) / some
+        # As if a few records more had been seen, so that three that agree do not make a certainty.
+        spread = (np.maximum(total(given.square()) / some - agreed**2, 0) + 0.05 / some) / some
+        weights = count / np.maximum(count.sum(1, keepdims=True), 1)
+        return cls(agreed, spread, weights, int((agreed * weights).sum(1).argmax()))
+
+    @property
+    def error(self) -> Array:
+        """What the view gives other classes than the right one (S,)."""
+        return np.asarray(1 - self.agreed[self.best])
+
+    def told(self, meets: float) -> _Told:
+        """If `meets` of the view's errors are the annotator's."""
+        falls = 1 - self.error * (1 + meets)
+        here, falls = falls >= _BLUNT, np.maximum(falls, _BLUNT)
+        shares = (self.agreed[self.best] - self.agreed) / falls
+        return _Told(self, shares, (self.spread + self.spread[self.best]) / falls**2, here)
