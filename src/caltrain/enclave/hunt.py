@@ -142,5 +142,5 @@ def _in_steps(scores: Tensor | None, records: int) -> Steps:
     """Scores in steps of 1/1000 (N + 1,): `LEFT_OUT` is the last, of records not passed, and all that is unknown."""
     found = np.full(records + 1, LEFT_OUT, "<u2")
     if scores is not None and bool(scores.isfinite().all()):
-        found[:-1] = (scores.clamp(0, 1) * 1000).round().numpy()
+        found[:-1] = (scores.double().clamp(0, 1) * 1000).round().numpy()
     return found

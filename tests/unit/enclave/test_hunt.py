@@ -11,6 +11,7 @@ import torch
 
 from caltrain.accountability.cases import Dossier, Links
 from caltrain.accountability.labels import LabelFindings, examine
+from caltrain.accountability.quality import Shares
 from caltrain.accountability.scans import activation_clusters, spectral
 from caltrain.accountability.witness import PatchFeatures, WitnessBuilder
 from caltrain.boundary import messages as m
@@ -215,15 +216,15 @@ def test_figures_that_are_no_numbers_are_told_as_unknown(value: float, monkeypat
     def strange(dossier: Dossier, probabilities: torch.Tensor) -> LabelFindings:
         found = examine(dossier, probabilities)
         found.suspicion[3] = value
-        found.shares.estimate[0] = value
-        return found
+        third = torch.full((3,), 1 / 3)
+        return LabelFindings(found.suspicion, Shares(torch.tensor([value, 0.25, 0.5]), third / 2, third * 2))
 
     monkeypatch.setattr("caltrain.enclave.hunt.examine", strange)
     world = World(change=shared).run_to(State.HUNTED)
     assert scores(world, "labels") == [None] * 27
     shares = reports(world)["beta"].wrong_labels
     assert shares["alpha"] == Estimate(0.0, 0.0, 1.0, 9)
-    assert shares["beta"] != Estimate(0.0, 0.0, 1.0, 9)
+    assert shares["beta"] == Estimate(0.25, 0.167, 0.667, 9)
 
 
 def test_a_run_that_is_taken_up_after_the_hunt_hunts_again_and_notes_it_once() -> None:
