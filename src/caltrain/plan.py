@@ -35,7 +35,7 @@ MAX_RELEASE = 48 << 20
 """Bytes of all sealed parts together: they leave the enclave in one frame."""
 
 Measurement = Annotated[str, msgspec.Meta(pattern=r"^sha384:[0-9a-f]{96}\Z")]
-Right = Literal["predict", "trace"]
+Right = Literal["predict", "trace", "verdict"]
 T = TypeVar("T")
 
 
@@ -55,7 +55,7 @@ class User(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
 
     name: PartyName
     public_key: dsse.PublicKey
-    may: Annotated[tuple[Right, ...], msgspec.Meta(min_length=1, max_length=2)]
+    may: Annotated[tuple[Right, ...], msgspec.Meta(min_length=1, max_length=3)]
     budget: Annotated[int, msgspec.Meta(ge=1, le=1_000_000_000)]
     per_hour: Annotated[int, msgspec.Meta(ge=0, le=1_000_000_000)] = 0
 
@@ -74,9 +74,9 @@ class Reader(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
 
 
 class TraceSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """What a trace answers: neighbours, and how their distances are told.
+    """What a trace answers: neighbours, and how their distances are told; what the hunt tells a party.
 
-    They are rounded to a step, and a distance shorter than that of the share `distance_floor` of clean queries is told
+    Distances are rounded to a step, and one shorter than that of the share `distance_floor` of clean queries is told
     as theirs: else a distance near 0 tells that the input itself was trained on.
     """
 
@@ -84,6 +84,8 @@ class TraceSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     distance_step: Annotated[float, msgspec.Meta(ge=0.001, le=1)] = 0.01
     distance_floor: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.5
     suspicion_neighbours: Annotated[int, msgspec.Meta(ge=1, le=100)] = 20
+    share_quality: bool = False
+    """Every party learns the estimated share of wrong labels of all; else of its own records alone."""
     filters: bool = False
     """Users may ask for the nearest of any class, and of single contributors."""
     disclose_to: Annotated[tuple[Reader, ...], msgspec.Meta(max_length=MAX_READERS)] = ()

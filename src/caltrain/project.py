@@ -22,7 +22,7 @@ from caltrain.plan import EnclaveSpec, Party, Plan, Reader, ReleaseSpec, Right, 
 from caltrain.presets import STARTS, Preset, StartName
 
 DEFAULT_PARTIES = ["alder", "birch", "cedar", "dogwood"]
-_RIGHTS: tuple[Right, Right] = ("predict", "trace")
+_RIGHTS: tuple[Right, ...] = ("predict", "trace", "verdict")
 
 
 @dataclass(frozen=True)

@@ -57,7 +57,7 @@ def _quiet(_epoch: int, _step: int, _loss: float) -> None:
 
 
 class World:
-    """Three parties with two shards each, users `una` (both rights) and `pat` (predict only), a tiny model.
+    """Three parties with two shards each, users `una` (all rights) and `pat` (predict only), a tiny model.
 
     The first `held_out` of the parties hold out their last shard.
     """
@@ -178,7 +178,8 @@ class World:
             State.AGREEING: self.agree,
             State.AGREED: self.take_in,
             State.READY: self.train,
-            State.TRAINED: self.release,
+            State.TRAINED: self.hunt,
+            State.HUNTED: self.release,
             State.RELEASED: self.link,
         }
         for _ in range(20):
@@ -268,6 +269,10 @@ class World:
         assert self.run.course is not None
         return self.run.course
 
+    def hunt(self) -> None:
+        """Hunt before the release."""
+        self.suspicion = self.done(m.Hunt()).sealed
+
     def release(self) -> None:
         """Release to the parties."""
         reply = self.done(self.release_request())
@@ -283,7 +288,7 @@ class World:
         """Link the model."""
         reply = self.done(m.Link())
         assert reply.signed is not None
-        self.suspicion, self.statements["linked-model"] = reply.sealed, reply.signed
+        self.statements["linked-model"] = reply.signed
 
     # -- questions ---------------------------------------------------------------------------------------------------
 

@@ -40,7 +40,7 @@ from caltrain.records.shard import key_id
 from support.samples import DATA_KEY, MEASUREMENT, PLAN, SHARD, plan, quick, refused, signer
 
 SMALL = plan()
-DIGEST = "sha256:50a6c88a4c0cff232de999473d3b948fb609dd3a3fc8efcb4bfa52e38629fed4"
+DIGEST = "sha256:c6799cd3430afb9041a5e810ad0d73a804c5d04b581630382a13b8ae692c2640"
 
 # The same plan, written otherwise: other order, inline tables, comments, defaults spelled out, 1 for 1.0.
 REWRITTEN = f"""
@@ -357,7 +357,7 @@ INVALID: dict[str, tuple[Path, object]] = {
     "more records than shards can hold": (("parties", 0, "min_records"), (1 << 32) + 1),
     "no rights": (("users", 0, "may"), []),
     "unknown right": (("users", 0, "may"), ["train"]),
-    "three rights": (("users", 0, "may"), ["predict", "trace", "trace"]),
+    "four rights": (("users", 0, "may"), ["predict", "trace", "verdict", "trace"]),
     "no budget": (("users", 0, "budget"), 0),
     "endless budget": (("users", 0, "budget"), 1_000_000_001),
     "measurement of another algorithm": (("enclave", "measurement"), "sha256:" + "0" * 64),
@@ -580,7 +580,7 @@ OTHER_MANIFEST = msgspec.structs.replace(MANIFEST, run="cd" * 16)
 
 
 def test_known_manifest() -> None:
-    assert MANIFEST.digest() == "sha256:a6add650778996d9e45268628835f7afd4fa8858c85d70a30e0e080779ad33d4"
+    assert MANIFEST.digest() == "sha256:acff962ed784a9e6b2a90a7341f1812378e6dc7e6d5d92a4ad9294d4d41aefb7"
     assert MANIFEST.records() == 24
 
 

@@ -53,7 +53,7 @@ def test_a_plain_plan_has_one_cut_and_nothing_special() -> None:
         repair=None,
         reveal_seed=False,
         parties=("alpha", "beta"),
-        users=("una may predict and trace, 70 inputs", "pat may predict, 70 inputs"),
+        users=("una may predict and trace and verdict, 70 inputs", "pat may predict, 70 inputs"),
         measurement=MEASUREMENT,
     )
 
@@ -122,6 +122,6 @@ def test_a_wheel_is_told_with_what_it_means() -> None:
 def test_a_users_pace_is_said() -> None:
     slow = tuple(msgspec.structs.replace(user, per_hour=12) for user in plan().users)
     assert summarise(plan(users=slow)).users == (
-        "una may predict and trace, 70 inputs, at most 12 an hour",
+        "una may predict and trace and verdict, 70 inputs, at most 12 an hour",
         "pat may predict, 70 inputs, at most 12 an hour",
     )

@@ -12,7 +12,7 @@ _STEPS = 40
 def out_of_fold(x: Tensor, targets: Tensor, *, decay: float) -> Tensor:
     """Log probabilities (N, C) for rows `x` (N, D), each by a fit to the other four fifths with `targets` (N, C)."""
     fold = torch.arange(len(x)) % FOLDS
-    x = torch.cat(((x - x.mean(0)) / x.std(0).clamp_min(1e-6), torch.ones(len(x), 1)), 1)
+    x = torch.cat(((x - x.mean(0)) / x.std(0, correction=0).clamp_min(1e-6), torch.ones(len(x), 1)), 1)
     said = torch.empty_like(targets)
     for number in range(FOLDS):
         out = fold == number

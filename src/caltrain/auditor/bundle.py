@@ -1,4 +1,4 @@
-"""A trace bundle: all that a third party needs to check a trace and its disclosures, and the check itself.
+"""A trace bundle: all that a third party needs to check a trace (or verdict) and its disclosures, and the check.
 
 Trust anchors are the plan's digest, which the auditor knows from elsewhere (each party can tell it), and a policy:
 which enclave programs and whose evidence the auditor accepts. From there:
@@ -20,7 +20,7 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
 import msgspec
 import numpy as np
@@ -37,16 +37,18 @@ from caltrain.errors import UNDECODABLE, IntegrityError, LineageError
 from caltrain.plan import MAX_PARTIES, Plan, RunManifest, check_countersignature, check_plan
 from caltrain.provenance.chain import MAX_EVENTS, Event, verify_chain
 from caltrain.provenance.statements import LinkedModel
+from caltrain.provenance.verdict import VerdictStatement
 from caltrain.records.commitment import PartyName, RecordRef
 from caltrain.records.quarantine import Repair
 from caltrain.records.shown import Reading
 
 MAX_BUNDLE_BYTES = 256 << 20
+S = TypeVar("S", TraceStatement, VerdictStatement)
 _now = partial(datetime.now, UTC)
 
 
 class TraceBundle(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """What a model user hands to an auditor."""
+    """What a model user hands to an auditor. In place of a trace there may be a verdict; see `auditor.verdict`."""
 
     version: Literal[1] = 1
     plan: Plan
@@ -60,8 +62,8 @@ class TraceBundle(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     disclosures: Annotated[tuple[Envelope, ...], msgspec.Meta(max_length=100)] = ()
 
 
-class Verified(msgspec.Struct, frozen=True, kw_only=True):
-    """What a bundle proves. `records` holds the canonical bytes of each disclosed record that was open to the reader.
+class Proved(msgspec.Struct, frozen=True, kw_only=True):
+    """What a bundle proves besides the statement in it, and what contributors answered for the records that it names.
 
     `appraised`: the enclave's evidence was accepted by the auditor's own policy.
     """
@@ -69,19 +71,22 @@ class Verified(msgspec.Struct, frozen=True, kw_only=True):
     plan: str
     run: str
     model: str
-    trace: TraceStatement
     decisions: tuple[Decision, ...]
     events: int
     head: str
     simulated: bool
     appraised: bool
-    center_audited: bool
-    audit_rate: float = 0.0
-    resumes: int = 0
-    front_public: bool = False
+    audit_rate: float
+    resumes: int
+    front_public: bool
     """Training began from public weights (by the plan), so the FrontNet is no secret."""
-    repair: Repair | None = None
+    repair: Repair | None
     """Which model this one replaces, and the list of records that it was trained without; see `left_out`."""
+
+    @property
+    def center_audited(self) -> bool:
+        """Whether any of the center's steps were repeated inside."""
+        return self.audit_rate > 0
 
     @property
     def records(self) -> dict[RecordRef, bytes]:
@@ -92,6 +97,23 @@ class Verified(msgspec.Struct, frozen=True, kw_only=True):
     def undisclosed(self) -> tuple[RecordRef, ...]:
         """Records that were not laid open to this reader, refused ones among them."""
         return tuple(d.record for d in self.decisions if d.outcome != "disclosed")
+
+    def sound(self) -> None:
+        """Raise the first fault that a contributor has signed."""
+        for decision in self.decisions:
+            if decision.fault is not None:
+                raise decision.fault
+
+
+class Verified(Proved, frozen=True, kw_only=True):
+    """What a bundle with a trace proves."""
+
+    trace: TraceStatement
+
+    @property
+    def named(self) -> dict[RecordRef, str]:
+        """Records that it names, with their commitments."""
+        return self.trace.records()
 
 
 def read_bundle(path: Path) -> TraceBundle:
@@ -121,9 +143,7 @@ def verify_bundle(
     first step that fails.
     """
     verified = judge_bundle(bundle, plan_digest=plan_digest, head=head, policy=policy, reading=reading, clock=clock)
-    for decision in verified.decisions:
-        if decision.fault is not None:
-            raise decision.fault
+    verified.sound()
     return verified
 
 
@@ -137,38 +157,55 @@ def judge_bundle(
     clock: Callable[[], datetime] = _now,
 ) -> Verified:
     """As `verify_bundle`, but what a contributor signed in vain is a decision about its record, not an error."""
+    trace, proved = prove(
+        bundle, "trace", TraceStatement, plan_digest=plan_digest, head=head, policy=policy, reading=reading, now=clock()
+    )
+    return Verified(trace=trace, **msgspec.structs.asdict(proved))
+
+
+def prove(
+    bundle: TraceBundle,
+    kind: str,
+    type_: type[S],
+    *,
+    plan_digest: str,
+    head: str | None,
+    policy: Policy | None,
+    reading: Reading | None,
+    now: datetime,
+) -> tuple[S, Proved]:
+    """All steps, whatever the enclave stated in place of `trace`: that statement, and what is proved besides."""
     plan = check_plan(bundle.plan)
     if not same(plan.digest(), plan_digest):  # (1)
         raise _refuse("bundle.other-plan", f"the bundle's plan is {plan.digest()}, not {plan_digest}")
     manifest = _manifest(bundle, plan)  # (2), (3)
     key = manifest.enclave_signing_key
     linked = open_envelope(bundle.linked, "linked-model", key, LinkedModel, step="verify linked model")
-    trace = open_envelope(bundle.trace, "trace", key, TraceStatement, step="verify trace")
-    if not linked.run == trace.run == manifest.run or trace.model != linked.model:  # (4)
-        raise _refuse("bundle.other-model", "trace, link and manifest are not of one run and model")
+    said = open_envelope(bundle.trace, kind, key, type_, step=f"verify {kind}")
+    if not linked.run == said.run == manifest.run or said.model != linked.model:  # (4)
+        raise _refuse("bundle.other-model", f"{kind}, link and manifest are not of one run and model")
     if linked.repair != (plan.repair or None):
         raise _refuse("bundle.other-repair", "the enclave does not say of the repair what the plan says")
     events = verify_chain(bundle.chain, run=manifest.run, signing_key=key, head=head)  # (5)
     _check_events(events, plan=plan, manifest=manifest, model=linked.model)
-    asked = next((event for event in events if event.previous == trace.head), None)
+    asked = next((event for event in events if event.previous == said.head), None)
     if asked is None or (asked.kind, asked.body.get("user"), asked.body.get("model")) != (
         "query",
-        trace.user,
-        trace.model,
+        said.user,
+        said.model,
     ):
-        raise _refuse("bundle.other-chain", "the chain does not hold the question of this trace where it was asked")
-    _check_evidence(bundle.evidence, plan, trace, key=key, policy=policy, now=clock())  # (6)
-    return Verified(
+        raise _refuse("bundle.other-chain", f"the chain does not hold the question of this {kind} where it was asked")
+    _check_evidence(bundle.evidence, plan, said.nonce, key=key, policy=policy, now=now)  # (6)
+    answers = decide(bundle.disclosures, plan, manifest, said.records(), model=said.model, reading=reading)  # (7)
+    return said, Proved(
         plan=plan.digest(),
         run=manifest.run,
         model=linked.model,
-        trace=trace,
-        decisions=decide(bundle.disclosures, plan, manifest, trace, reading=reading),  # (7)
+        decisions=answers,
         events=len(events),
         head=events[-1].digest(),
         simulated=manifest.simulated,
         appraised=policy is not None,
-        center_audited=linked.audit_rate > 0,
         audit_rate=linked.audit_rate,
         resumes=linked.resumes,
         front_public=plan.training.initial is not None,
@@ -186,18 +223,13 @@ def check_input(verified: Verified, inputs: NDArray[np.generic]) -> int:
 
 
 def _check_evidence(
-    evidence: EvidenceBundle, plan: Plan, trace: TraceStatement, *, key: str, policy: Policy | None, now: datetime
+    evidence: EvidenceBundle, plan: Plan, nonce: str, *, key: str, policy: Policy | None, now: datetime
 ) -> None:
     binding = evidence.binding
-    if (binding.purpose, binding.plan, binding.nonce, binding.signing_key) != (
-        "query",
-        plan.digest(),
-        trace.nonce,
-        key,
-    ):
+    if (binding.purpose, binding.plan, binding.nonce, binding.signing_key) != ("query", plan.digest(), nonce, key):
         raise _refuse("bundle.other-evidence", "the evidence is not of this enclave, plan and question")
     if policy is not None:
-        claims = verify_evidence(evidence, policy, purpose="query", plan=plan.digest(), nonce=trace.nonce, now=now)
+        claims = verify_evidence(evidence, policy, purpose="query", plan=plan.digest(), nonce=nonce, now=now)
         match_plan(claims.measurement, plan)
 
 

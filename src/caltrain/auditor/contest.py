@@ -1,4 +1,4 @@
-"""What a contributor says to a trace that names its records, and who is right: decided record by record.
+"""What a contributor says to a trace or verdict that names its records, and who is right: decided record by record.
 
     outcome         the contributor                                      who is shown to be wrong
     --------------  ---------------------------------------------------  -----------------------------------------
@@ -16,11 +16,10 @@ What answers no record of this trace (another record, another model, another sig
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
-from caltrain.boundary.sealed import Neighbour, TraceStatement
 from caltrain.crypto.dsse import Envelope, open_envelope
 from caltrain.errors import LineageError
 from caltrain.plan import ManifestShard, Plan, RunManifest
@@ -50,41 +49,56 @@ class Decision:
     fault: LineageError | None = None
 
 
+class _Named(NamedTuple):
+    """A record that a trace or verdict names, and where in its order."""
+
+    rank: int
+    record: RecordRef
+    commitment: str
+
+
+class _Asked(NamedTuple):
+    """What contributors are asked to answer for."""
+
+    model: str
+    records: dict[RecordRef, _Named]
+
+
 def decide(
     answers: Sequence[Envelope],
     plan: Plan,
     manifest: RunManifest,
-    trace: TraceStatement,
+    named: Mapping[RecordRef, str],
     *,
+    model: str,
     reading: Reading | None = None,
 ) -> tuple[Decision, ...]:
-    """A decision for each record that the trace names, in its order, from what the contributors signed.
+    """A decision for each record that the enclave named (with its commitment), in its order, by what was signed.
 
     Of several answers for one record the last one counts, unless one of them was a fault. Raises LineageError,
-    IntegrityError, AccessError for what is no answer to this trace.
+    IntegrityError, AccessError for what is no answer about `model`.
     """
-    found = {n.record: Decision(n.rank, n.record, "undisclosed") for n in trace.neighbours}
+    asked = _Asked(model, {r: _Named(rank, r, commitment) for rank, (r, commitment) in enumerate(named.items(), 1)})
+    found = {n.record: Decision(n.rank, n.record, "undisclosed") for n in asked.records.values()}
     for answer in answers:
-        decision = _decided(answer, plan, manifest, trace, reading)
+        decision = _decided(answer, plan, manifest, asked, reading)
         if found[decision.record].fault is None:
             found[decision.record] = decision
     return tuple(found.values())
 
 
-def _decided(
-    answer: Envelope, plan: Plan, manifest: RunManifest, trace: TraceStatement, reading: Reading | None
-) -> Decision:
+def _decided(answer: Envelope, plan: Plan, manifest: RunManifest, asked: _Asked, reading: Reading | None) -> Decision:
     owner = next((party for party in plan.parties if party.public_key == answer.signer), None)
     if owner is None:
         raise _refuse("disclosure.unknown-signer", "it is signed by no party of the plan")
     match answer.payload_type.removeprefix("application/vnd.caltrain.").removesuffix(".v1+json"):
         case "refusal":
             refusal = open_envelope(answer, "refusal", owner.public_key, Refusal, step=_STEP)
-            named = _named(refusal, owner.name, trace)
+            named = _named(refusal, owner.name, asked)
             return Decision(named.rank, named.record, "refused")
         case "sealed-disclosure":
             sealed = open_envelope(answer, "sealed-disclosure", owner.public_key, SealedDisclosure, step=_STEP)
-            named = _named(sealed, owner.name, trace)
+            named = _named(sealed, owner.name, asked)
             if reading is None:
                 return Decision(named.rank, named.record, "sealed")
             opened = open_envelope(
@@ -97,20 +111,20 @@ def _decided(
             disclosure = open_envelope(answer, "disclosure", owner.public_key, Disclosure, step=_STEP)
             if plan.trace.disclose_to:
                 raise _refuse("disclosure.not-sealed", "the plan has records disclosed to its readers only")
-            return _checked(disclosure, _named(disclosure, owner.name, trace), manifest)
+            return _checked(disclosure, _named(disclosure, owner.name, asked), manifest)
 
 
-def _named(answer: Disclosure | SealedDisclosure | Refusal, party: str, trace: TraceStatement) -> Neighbour:
-    """The neighbour that it answers for."""
-    if answer.model != trace.model:
-        raise _refuse("disclosure.other-model", f"it is of the model {answer.model}, the trace of {trace.model}")
-    named = next((n for n in trace.neighbours if n.record == answer.record_ref), None)
+def _named(answer: Disclosure | SealedDisclosure | Refusal, party: str, asked: _Asked) -> _Named:
+    """The record that it answers for."""
+    if answer.model != asked.model:
+        raise _refuse("disclosure.other-model", f"it is of the model {answer.model}, the trace of {asked.model}")
+    named = asked.records.get(answer.record_ref)
     if named is None or named.record.party != party:
         raise _refuse("disclosure.not-traced", f"the trace names no such record of {party}")
     return named
 
 
-def _checked(disclosure: Disclosure, named: Neighbour, manifest: RunManifest) -> Decision:
+def _checked(disclosure: Disclosure, named: _Named, manifest: RunManifest) -> Decision:
     shard = _shard(manifest, named.record)
     try:
         content = check_disclosure(disclosure, root=shard.root, records=shard.records, commitment=named.commitment)

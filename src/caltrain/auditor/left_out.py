@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from caltrain.auditor.bundle import Verified
+from caltrain.auditor.verdict import VerifiedVerdict
 from caltrain.errors import LineageError
 from caltrain.records.quarantine import Quarantine, open_quarantine
 
 
-def check_left_out(verified: Verified, raw: bytes, *, commitments: Iterable[str] = ()) -> Quarantine:
+def check_left_out(verified: Verified | VerifiedVerdict, raw: bytes, *, commitments: Iterable[str] = ()) -> Quarantine:
     """The list of records that the model of a bundle was trained without; each of `commitments` must be in it.
 
     What is shown: the plan names the list, every party countersigned a run of that plan, and the measured enclave
@@ -23,7 +24,7 @@ def check_left_out(verified: Verified, raw: bytes, *, commitments: Iterable[str]
     found = open_quarantine(raw, verified.repair)
     listed = found.commitments()
     known = set(listed.values())
-    traced = [n.record for n in verified.trace.neighbours if n.record in listed or n.commitment in known]
+    traced = [record for record, commitment in verified.named.items() if record in listed or commitment in known]
     if traced:
         raise _refuse("quarantine.traced", f"the model was linked to {traced[0]}, which is in quarantine")
     for commitment in commitments:

@@ -21,12 +21,16 @@ from caltrain.crypto.decoders import msgpack_decoder
 from caltrain.crypto.digests import Digest, canonical_json, digest
 from caltrain.crypto.kdf import derive
 from caltrain.errors import UNDECODABLE, IntegrityError
+from caltrain.exposure.figures import Estimate
 from caltrain.plan import MAX_PARTIES, MAX_SHARDS, ManifestShard, Right
 from caltrain.records.commitment import PartyName, RecordRef, ShardId
 
 MAX_SEALED = 48 << 20
 MAX_QUESTIONS = 1024
 LEFT_OUT = 0xFFFF
+Scan = Literal["disagreement", "labels", "spectral", "clusters"]
+"""How the hunt looks for suspicious records: nearest fingerprints of another label, what a witness of the contents
+takes the label for, the main direction of a class, its smaller cluster."""
 Key = Annotated[bytes, msgspec.Meta(min_length=KEY_BYTES, max_length=KEY_BYTES)]
 SealedKind = Literal["provision", "rejoin", "query", "grant", "session"]
 T = TypeVar("T")
@@ -119,6 +123,10 @@ class TraceStatement(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     resumes: int
     simulated: bool
 
+    def records(self) -> dict[RecordRef, str]:
+        """The records that it names, with their commitments."""
+        return {n.record: n.commitment for n in self.neighbours}
+
 
 class Answers(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """What comes back, sealed under the question's answer key."""
@@ -127,7 +135,10 @@ class Answers(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     predicted: tuple[int, ...]
     scores: tuple[tuple[float, ...], ...] = ()
     traces: tuple[dsse.Envelope, ...] = ()
+    verdict: dsse.Envelope | None = None
     budget_left: int
+    padding: bytes = b""
+    """Makes a verdict as long as any of this run: its length would tell whether somebody is named."""
 
 
 class ReleasedPart(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -139,19 +150,21 @@ class ReleasedPart(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
 
 
 class SuspicionReport(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Label disagreement of a party's own records after the link pass, in steps of 1/1000.
+    """What the hunt found before the release of a party's own records: suspicion by each scan, in steps of 1/1000.
 
-    Two bytes a record (little endian), so that the size of the sealed report does not tell how many are suspicious;
-    `LEFT_OUT` for a record in quarantine, which was not linked.
+    Two bytes a record and scan (little endian), so that the size of the sealed report does not tell how many are
+    suspicious; `LEFT_OUT` for a record that was not trained on. `wrong_labels` is the estimated share of wrong labels:
+    the party's own, and of all where the plan says so (`trace.share_quality`).
     """
 
     model: Digest
-    scores: dict[ShardId, bytes]
+    scores: dict[Scan, dict[ShardId, bytes]]
+    wrong_labels: dict[PartyName, Estimate] = {}
 
-    def of(self, shard: str) -> tuple[int | None, ...]:
-        """Scores of a shard's records, by leaf; None for one in quarantine."""
-        scores = struct.unpack(f"<{len(self.scores[shard]) // 2}H", self.scores[shard])
-        return tuple(None if score == LEFT_OUT else score for score in scores)
+    def of(self, shard: str, *, scan: Scan = "disagreement") -> tuple[int | None, ...]:
+        """Scores of a shard's records by one scan, by leaf; None for one that was left out."""
+        raw = self.scores[scan][shard]
+        return tuple(None if score == LEFT_OUT else score for score in struct.unpack(f"<{len(raw) // 2}H", raw))
 
 
 class DisclosureNote(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -163,7 +176,7 @@ class DisclosureNote(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
 
 
 def commit_input(nonce: str, elements: bytes) -> str:
-    """What a trace says of its input. The nonce is the user's own: with it and the input they show which one it was."""
+    """What a statement says of its input. The nonce is the user's own: with both they show which input it was."""
     return digest("input/v1", bytes.fromhex(nonce), elements)
 
 

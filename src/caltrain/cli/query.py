@@ -1,4 +1,4 @@
-"""`caltrain trace`, `caltrain verify`: a model user, and anybody who checks."""
+"""`caltrain trace`: which records lie behind a prediction, and how any question is asked."""
 
 from __future__ import annotations
 
@@ -9,31 +9,23 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
 
-import msgspec
 import numpy as np
 import typer
 from numpy.typing import NDArray
 
 from caltrain.attestation.evidence import EvidenceBundle
 from caltrain.attestation.verify import Policy
-from caltrain.auditor.bundle import MAX_BUNDLE_BYTES, check_input, judge_bundle, read_bundle
 from caltrain.auditor.collect import collect_bundle
-from caltrain.auditor.left_out import check_left_out
 from caltrain.boundary.sealed import TraceStatement
-from caltrain.cli.files import read_inputs, read_named, read_plan, read_policy, write_json
+from caltrain.cli.files import read_named, read_plan, read_policy, write_json
 from caltrain.cli.output import Format, FormatOption, choose, console, emit, say, say_simulated
 from caltrain.client.ask import Answered, ask, most_at_once
 from caltrain.crypto.dsse import Envelope
-from caltrain.errors import UNDECODABLE, CaltrainError, ConfigError, IntegrityError
-from caltrain.files import read_bounded
+from caltrain.errors import CaltrainError, ConfigError
 from caltrain.host_client import HostClient
 from caltrain.participant.identity import Identity, load_identity
 from caltrain.plan import Plan, Right
-from caltrain.records.commitment import RecordRef
-from caltrain.records.quarantine import MAX_QUARANTINE_BYTES
-from caltrain.records.shown import Reading
 from caltrain.reports.progress import counting
-from caltrain.reports.terminal import center_note
 
 InputsArgument = Annotated[
     list[Path], typer.Argument(help=".npy of (N, C, H, W) or (C, H, W), PNG and JPEG pictures, or folders of these")
@@ -128,95 +120,6 @@ def _say_traces(traced: Sequence[_Traced], plan: Plan, *, all_of_them: bool) -> 
                 f"  {n.rank}. {n.record.party} --record {n.record.shard}:{n.record.leaf}{label}"
                 f" distance {n.distance}{unusual}"
             )
-
-
-def verify(
-    bundle: Annotated[Path, typer.Argument(help="a trace bundle")],
-    plan_digest: Annotated[str, typer.Option(help="the digest of the plan, from a party that you trust to know it")],
-    policy: Annotated[
-        Path | None, typer.Option(help="policy.toml: which enclaves and whose evidence you accept")
-    ] = None,
-    disclosures: Annotated[list[Path], typer.Option(help="files of disclosures to add")] = [],  # noqa: B006
-    home: Annotated[Path | None, typer.Option(help="your folder, to open what is disclosed to you alone")] = None,
-    input_: Annotated[
-        Path | None, typer.Option("--input", help="what was asked about, to see that the trace is of it")
-    ] = None,
-    head: Annotated[str, typer.Option(help="a head of the chain that a party kept")] = "",
-    quarantine: Annotated[Path | None, typer.Option(help="the list of records that a repair left out")] = None,
-    left_out: Annotated[
-        list[str], typer.Option(help="with --quarantine: the commitment of a record that must be in it; repeat")
-    ] = [],  # noqa: B006
-    format_: FormatOption = Format.TEXT,
-) -> None:
-    """Check a trace bundle and what its contributors answered, offline: a decision for every record that it names."""
-    choose(format_)
-    found, reader = read_bundle(bundle), load_identity(home) if home else None
-    added = [envelope for path in disclosures for envelope in _disclosures(path)]
-    found = msgspec.structs.replace(found, disclosures=(*found.disclosures, *added))
-    verified = judge_bundle(
-        found,
-        plan_digest=plan_digest,
-        head=head or None,
-        policy=read_policy(policy) if policy else None,
-        reading=Reading(reader.name, reader.reading_key()) if reader else None,
-    )
-    if left_out and quarantine is None:
-        raise missing("--left-out needs the list itself: --quarantine FILE")
-    if quarantine is not None:
-        check_left_out(verified, read_bounded(quarantine, limit=MAX_QUARANTINE_BYTES), commitments=left_out)
-    shown = check_input(verified, read_inputs([input_])) if input_ else None
-    if verified.simulated:
-        say_simulated()
-    if not verified.appraised:
-        say("the enclave's evidence was not appraised: give --policy; that it was genuine is the parties' word")
-    say(center_note(verified.audit_rate, verified.resumes))
-    if verified.front_public:
-        say("training began from public weights: the FrontNet is no secret")
-    if verified.repair:
-        say(verified.repair.in_words())
-    for commitment in left_out:
-        say(f"not used: the record with the commitment {commitment}")
-    for decision in verified.decisions:
-        say(f"{decision.rank}. {_place(decision.record)}: {decision.outcome}")
-    faults = [decision.fault for decision in verified.decisions if decision.fault is not None]
-    if faults:
-        raise faults[0]
-    emit(
-        {
-            "verified": True,
-            "run": verified.run,
-            "model": verified.model,
-            "predicted": found.plan.data.classes[verified.trace.predicted],
-            "input": None if shown is None else f"{input_}:{shown}",
-            "neighbours": [f"{n.rank}: {n.record.party}" for n in verified.trace.neighbours],
-            "outcomes": {_place(decision.record): decision.outcome for decision in verified.decisions},
-            "disclosed": len(verified.records),
-            "undisclosed": len(verified.undisclosed),
-            "events": verified.events,
-            "head": verified.head,
-            "simulated": verified.simulated,
-            "evidence": "accepted" if verified.appraised else "not appraised",
-            "center_audited": verified.center_audited,
-            "front_public": verified.front_public,
-            "repair": verified.repair,
-            "left_out": left_out,
-        },
-        title="The bundle verifies",
-    )
-
-
-def _place(record: RecordRef) -> str:
-    return f"{record.party}/{record.shard}/{record.leaf}"
-
-
-def _disclosures(path: Path) -> list[Envelope]:
-    try:
-        raw = read_bounded(path, limit=MAX_BUNDLE_BYTES)
-        return msgspec.json.decode(raw, type=list[Envelope])
-    except UNDECODABLE as error:
-        raise IntegrityError(
-            "disclosure.unreadable", f"{path}: {error}", step="read disclosures", fix="Get the file again."
-        ) from None
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Ask an attested enclave: predict or trace. Inputs and answers are sealed; the host carries them blind."""
+"""Ask an attested enclave: predict, trace, or a verdict. Inputs and answers are sealed; the host carries them blind."""
 
 from __future__ import annotations
 
@@ -28,19 +28,21 @@ from caltrain.crypto.dsse import MAX_ENVELOPE_BYTES, Envelope, SigningKey, open_
 from caltrain.errors import AccessError, DataError, IntegrityError
 from caltrain.host_client import HostClient
 from caltrain.plan import Plan, Right
+from caltrain.provenance.verdict import VerdictStatement, inputs_root
 
 _STEP = "read answer"
 
 
 @dataclass(frozen=True)
 class Answered:
-    """A verified answer: the enclave's claims, its evidence, what it said, and (for traces) its signed statements."""
+    """A verified answer: the enclave's claims and evidence, what it said, its signed traces or verdict."""
 
     claims: Claims
     evidence: EvidenceBundle
     answers: Answers
     traces: tuple[TraceStatement, ...]
     envelopes: tuple[Envelope, ...]
+    verdicts: tuple[VerdictStatement, ...] = ()
 
 
 def ask(
@@ -83,7 +85,10 @@ def ask(
     answers = open_for(question.answer_key, "answer/v1", sealed, Answers, context=context, step=_STEP)
     traces = tuple(_trace(e, bundle, answers, question, user=user) for e in answers.traces)
     _check_answer(kind, answers, traces, raw, nonce)
-    return Answered(claims, bundle, answers, traces, answers.traces)
+    if kind != "verdict":
+        return Answered(claims, bundle, answers, traces, answers.traces)
+    envelope, verdict = _verdict(bundle, answers, raw, user=user)
+    return Answered(claims, bundle, answers, traces, (envelope,), (verdict,))
 
 
 def input_commitment(nonce: str, pixels: NDArray[np.generic]) -> str:
@@ -143,6 +148,24 @@ def _check_answer(
         own = (index, answers.predicted[index], input_commitment(nonce, inputs[index]))
         if (trace.index, trace.predicted, trace.input_commitment) != own:
             raise _mismatch(f"trace {index} is not of the input that was asked about")
+
+
+def _verdict(
+    bundle: EvidenceBundle, answers: Answers, inputs: NDArray[np.generic], *, user: str
+) -> tuple[Envelope, VerdictStatement]:
+    """The signed verdict, which must be of this very question."""
+    if answers.verdict is None:
+        raise _mismatch("there is no verdict in it")
+    verdict = open_envelope(answers.verdict, "verdict", bundle.binding.signing_key, VerdictStatement, step=_STEP)
+    nonce = bundle.binding.nonce
+    asked = inputs_root(input_commitment(nonce, x) for x in inputs)
+    said = (verdict.user, verdict.nonce, verdict.model, verdict.predicted, verdict.inputs, len(verdict.kinds))
+    if said != (user, nonce, answers.model, answers.predicted, len(inputs), len(inputs)):
+        raise _mismatch("the verdict is of another question or model")
+    if verdict.input_commitment != asked:
+        raise _mismatch("the verdict is not of the inputs that were asked about")
+    verdict.records()  # raises where they cannot be read
+    return answers.verdict, verdict
 
 
 def _mismatch(what: str) -> IntegrityError:

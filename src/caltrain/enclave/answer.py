@@ -1,4 +1,4 @@
-"""Questions of model users: predict and trace, sealed in both directions, each input counted against a budget."""
+"""Questions of model users: predict, trace, verdict, sealed in both directions, each input counted against a budget."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ from caltrain.crypto.dsse import Envelope, open_envelope
 from caltrain.enclave.limits import draw
 from caltrain.enclave.linkage import EVERYWHERE, Hit, Where
 from caltrain.enclave.run import Run, State, present
+from caltrain.enclave.verdict import padded, verdict
 from caltrain.errors import AccessError, DataError, IntegrityError
 from caltrain.models.network import features_and_logits
 from caltrain.plan import Plan, TraceSpec, User
@@ -61,7 +62,12 @@ def query(run: Run, message: Query) -> tuple[Done, State]:
 
 
 def _public(answers: Answers) -> dict[str, object]:
-    return {"model": answers.model, "predicted": answers.predicted, "traces": [t.payload for t in answers.traces]}
+    public: dict[str, object] = {
+        "model": answers.model,
+        "predicted": answers.predicted,
+        "traces": [t.payload for t in answers.traces],
+    }
+    return public | ({"verdict": answers.verdict.payload} if answers.verdict else {})
 
 
 def _inputs(plan: Plan, question: Question) -> Tensor:
@@ -134,9 +140,13 @@ def _answer(
     if question.kind == "predict":
         table = tuple(tuple(round(float(s), 6) for s in row) for row in probabilities)
         return Answers(model=run.model_digest, predicted=predicted, scores=table, budget_left=left)
+    commitments = [commit_input(nonce, x.numpy().tobytes()) for x in inputs]
+    if question.kind == "verdict":
+        signed = verdict(run, embeddings, predicted=predicted, user=user.name, nonce=nonce, inputs=commitments)
+        return padded(run, Answers(model=run.model_digest, predicted=predicted, verdict=signed, budget_left=left))
     hits = _nearest(run, question, embeddings, predicted, where)
     traces = tuple(
-        _trace(run, question, hits[i], label, bytes(inputs[i].numpy().tobytes()), user=user, nonce=nonce, index=i)
+        _trace(run, question, hits[i], label, commitments[i], user=user, nonce=nonce, index=i)
         for i, label in enumerate(predicted)
     )
     return Answers(model=run.model_digest, predicted=predicted, traces=traces, budget_left=left)
@@ -161,9 +171,9 @@ def _nearest(
 
 
 def _trace(
-    run: Run, question: Question, hits: Sequence[Hit], label: int, pixels: bytes, *, user: User, nonce: str, index: int
+    run: Run, question: Question, hits: Sequence[Hit], label: int, input_: str, *, user: User, nonce: str, index: int
 ) -> Envelope:
-    """Sign the ranked records, with no more precision than the plan allows."""
+    """Sign the ranked records for the input of this commitment, with no more precision than the plan allows."""
     reference = run.references.get(label, NOTHING)
     distances = [_told(rank, hit, reference, present(run.plan).trace) for rank, hit in enumerate(hits, 1)]
     # Clean queries were asked about their own class and all contributors: they say nothing of other questions.
@@ -175,7 +185,7 @@ def _trace(
         user=user.name,
         nonce=nonce,
         index=index,
-        input_commitment=commit_input(nonce, pixels),
+        input_commitment=input_,
         head=run.chain.head,
         predicted=label,
         any_label=question.any_label,

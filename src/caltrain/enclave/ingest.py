@@ -22,7 +22,7 @@ from caltrain.enclave.quarantine import Sieve, sieve_of
 from caltrain.enclave.run import Course, Run, State, present
 from caltrain.enclave.zones import begin_weights, make_zones
 from caltrain.errors import DataError, IntegrityError, LineageError
-from caltrain.plan import ManifestParty, ManifestShard, Plan, RunManifest
+from caltrain.plan import MAX_SHARDS, ManifestParty, ManifestShard, Plan, RunManifest
 from caltrain.records import shard as shards
 from caltrain.records.commitment import RecordRef, commit
 from caltrain.records.schema import DataSchema, decode_record
@@ -195,6 +195,23 @@ def lineage(rows: Rows, manifest: RunManifest) -> Iterator[tuple[RecordRef, byte
     for place, commitment in zip(_places(rows), commitments, strict=True):
         party = manifest.parties[int(place["party"])]
         yield RecordRef(party.name, party.shards[int(place["shard"])].shard, int(place["leaf"])), commitment.tobytes()
+
+
+def contributors_of(rows: Rows) -> Tensor:
+    """Of each pool row its contributor's number in the manifest: (N,) int64."""
+    return torch.from_numpy(_places(rows)["party"].astype(np.int64))
+
+
+def record_keys(rows: Rows) -> NDArray[np.uint64]:
+    """One number for each pool row: that of `record_key`."""
+    place = _places(rows)
+    return record_key(place["party"], place["shard"], place["leaf"])
+
+
+def record_key(party: NDArray[np.uint32], shard: NDArray[np.uint32], leaf: NDArray[np.uint32]) -> NDArray[np.uint64]:
+    """Numbers of party and shard in the manifest, and the leaf, as one number: no two records share one."""
+    source = party.astype(np.uint64) * np.uint64(MAX_SHARDS) + shard
+    return np.asarray((source << np.uint64(32)) | leaf)
 
 
 def _places(rows: Rows) -> np.ndarray[tuple[int], np.dtype[np.void]]:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from torch import Tensor
 
@@ -25,6 +25,11 @@ from caltrain.provenance.chain import Chain, EventKind
 from caltrain.training.seeds import RunSeeds
 from caltrain.training.zone import Zone
 
+if TYPE_CHECKING:  # what a run keeps may itself be made from a run
+    from caltrain.accountability.cases import Dossier
+    from caltrain.enclave.contents import Contents, Passed
+    from caltrain.enclave.linkage import Table
+
 T = TypeVar("T")
 Batch = tuple[Tensor, Tensor]
 
@@ -40,6 +45,7 @@ class State(StrEnum):
     READY = "ready"
     ASSESSING = "assessing"
     TRAINED = "trained"
+    HUNTED = "hunted"
     RELEASED = "released"
     LINKED = "linked"
     STOPPED = "stopped"
@@ -136,6 +142,11 @@ class Run:
     batches: Iterator[Batch] | None = None
     model: Network | None = None
     model_digest: str = ""
+    passed: Passed | None = None
+    """What the pass over all records found: it waits for the link."""
+    contents: Contents | None = None
+    evidence: tuple[str, Table, Dossier] | None = None
+    """What verdicts start from, and the head of the linkage store that it is of."""
     linkage: LinkageStore | None = None
     references: dict[int, Reference] = field(default_factory=dict)
     """By class, how far clean queries are from its records."""
@@ -153,6 +164,11 @@ class Run:
     def record(self, kind: EventKind, body: dict[str, object]) -> None:
         """Note an event; the session signs it into the chain once the request has succeeded."""
         self.pending.append((kind, body))
+
+    def record_once(self, kind: EventKind, body: dict[str, object]) -> None:
+        """Note an event, unless the chain holds it: a run that was taken up again does what it did."""
+        if not self.chain.holds(kind, body):
+            self.record(kind, body)
 
     @property
     def seeds(self) -> RunSeeds:

@@ -13,7 +13,8 @@
     ready      Assess              assess             ready, assessing where the parties vote
     assessing  Vote                vote               assessing, ready with the last vote
     ready      MoveCut             move_cut           ready
-    trained    Release             release            released
+    trained    Hunt                hunt               hunted
+    hunted     Release             release            released
     released   Link                link               linked
     linked     Attest, Query, RecordDisclosure        linked
     any        Stop                                   stopped
@@ -42,6 +43,7 @@ from caltrain.boundary.messages import (
     Countersign,
     Done,
     Failed,
+    Hunt,
     Ingest,
     Link,
     MakeManifest,
@@ -64,6 +66,7 @@ from caltrain.enclave.assess import assess, vote
 from caltrain.enclave.cut import move_cut
 from caltrain.enclave.door import Door
 from caltrain.enclave.enrol import attest, configure, countersign, make_manifest, provision
+from caltrain.enclave.hunt import hunt
 from caltrain.enclave.ingest import ingest
 from caltrain.enclave.release import link, release
 from caltrain.enclave.resume import rejoin, resume
@@ -89,7 +92,8 @@ TABLE: dict[tuple[State, type], tuple[Handler, frozenset[State]]] = {
     (State.READY, Assess): (assess, frozenset({State.READY, State.ASSESSING})),
     (State.ASSESSING, Vote): (vote, frozenset({State.ASSESSING, State.READY})),
     (State.READY, MoveCut): (move_cut, frozenset({State.READY})),
-    (State.TRAINED, Release): (release, frozenset({State.RELEASED})),
+    (State.TRAINED, Hunt): (hunt, frozenset({State.HUNTED})),
+    (State.HUNTED, Release): (release, frozenset({State.RELEASED})),
     (State.RELEASED, Link): (link, frozenset({State.LINKED})),
     (State.LINKED, Attest): (attest, frozenset({State.LINKED})),
     (State.LINKED, Query): (query, frozenset({State.LINKED})),

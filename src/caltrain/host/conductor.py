@@ -350,6 +350,8 @@ class Conductor:
         return done
 
     def _release(self) -> None:
+        self._phase("hunt")
+        self._keep("suspicion", self._ask(m.Hunt(), wait=_FOREVER))
         self._phase("release")
         if self.center is not None:
             self.store.put("center", self.center.weights())

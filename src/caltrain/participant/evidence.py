@@ -17,6 +17,7 @@ from caltrain.errors import UNDECODABLE, ConfigError, LineageError
 from caltrain.files import read_bounded
 from caltrain.participant.receive import RunRecord
 from caltrain.plan import MAX_PLAN_BYTES, Plan, RunManifest, plan_from_json
+from caltrain.provenance.verdict import VerdictStatement
 from caltrain.records.quarantine import Quarantine, Quarantined
 
 _STEP = "read evidence"
@@ -82,20 +83,19 @@ def _several(envelopes: tuple[Envelope, ...], run: FinishedRun) -> tuple[Quarant
 
 
 def _signed(envelope: Envelope, run: FinishedRun) -> tuple[Quarantined, ...]:
-    """What the run's enclave signed: for each kind of statement the one function that knows which records it names."""
+    """What the run's enclave signed and names records in."""
     kind = envelope.payload_type.removeprefix("application/vnd.caltrain.").removesuffix(".v1+json")
     if kind not in _SIGNED:
         raise _unusable("remedy.unreadable", f"a statement of the kind {kind[:80]!r} names no records to leave out")
-    return _SIGNED[kind](envelope, run)
+    said = open_envelope(envelope, kind, run.manifest.enclave_signing_key, _SIGNED[kind], step=_STEP)
+    _same_model(said.run, said.model, run)
+    return tuple(Quarantined(record, commitment) for record, commitment in said.records().items())
 
 
-def _trace(envelope: Envelope, run: FinishedRun) -> tuple[Quarantined, ...]:
-    trace = open_envelope(envelope, "trace", run.manifest.enclave_signing_key, TraceStatement, step=_STEP)
-    _same_model(trace.run, trace.model, run)
-    return tuple(Quarantined(n.record, n.commitment) for n in trace.neighbours)
-
-
-_SIGNED: dict[str, Callable[[Envelope, FinishedRun], tuple[Quarantined, ...]]] = {"trace": _trace}
+_SIGNED: dict[str, type[TraceStatement] | type[VerdictStatement]] = {
+    "trace": TraceStatement,
+    "verdict": VerdictStatement,
+}
 _FORMS: tuple[tuple[Any, Callable[[Any, FinishedRun], tuple[Quarantined, ...]]], ...] = (
     (tuple[Quarantined, ...], _listed),
     (Quarantine, _quarantine),

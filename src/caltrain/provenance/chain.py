@@ -34,6 +34,7 @@ EventKind = Literal[
     "checkpoint",
     "resume",
     "stopped",
+    "hunt",
     "release",
     "link",
     "query",

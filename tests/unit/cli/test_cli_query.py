@@ -20,7 +20,7 @@ from caltrain.attestation.evidence import Binding, Evidence, EvidenceBundle
 from caltrain.attestation.verify import Claims
 from caltrain.auditor.bundle import TraceBundle, Verified, judge_bundle
 from caltrain.boundary.sealed import Answers, Neighbour, TraceStatement
-from caltrain.cli import files, query
+from caltrain.cli import files, query, verify
 from caltrain.client.ask import Answered
 from caltrain.crypto.dsse import SigningKey
 from caltrain.crypto.hpke import HpkePrivateKey
@@ -542,7 +542,7 @@ def test_verify_says_that_the_front_net_is_no_secret(
     def public(found: TraceBundle, **anchors: Any) -> Verified:
         return msgspec.structs.replace(judge_bundle(found, **anchors), front_public=True)
 
-    monkeypatch.setattr("caltrain.cli.query.judge_bundle", public)
+    monkeypatch.setattr("caltrain.cli.verify.judge_bundle", public)
     words = ("verify", bundle, "--plan-digest", traced[0].plan.digest())
     assert cli(*words).out.count("training began from public weights: the FrontNet is no secret") == 1
     assert cli(*words, as_json=True).json["front_public"] is True
@@ -628,7 +628,7 @@ def test_verify_checks_the_input_that_a_user_shows(
 ) -> None:
     words = ("verify", bundle, "--plan-digest", traced[0].plan.digest(), "--input", tmp_path / "shown.npy")
     np.save(tmp_path / "shown.npy", np.concatenate([INPUT[:, :, ::-1], INPUT]))
-    assert cli(*words, as_json=True).json["input"] == f"{tmp_path / 'shown.npy'}:1"
+    assert cli(*words, as_json=True).json["input"] == 1
     np.save(tmp_path / "shown.npy", INPUT[:, :, ::-1])
     shown = cli(*words, as_json=True)
     assert (shown.code, shown.error["code"]) == (17, "bundle.other-input")
@@ -651,7 +651,7 @@ def test_verify_says_for_each_record_what_was_decided_though_one_is_false(
     shown = cli(*words)
     assert shown.code == 17
     for rank, outcome in enumerate(("substituted", "refused", "disclosed", "undisclosed"), 1):
-        assert f"{rank}. {query._place(named[rank - 1])}: {outcome}\n" in shown.out
+        assert f"{rank}. {verify._place(named[rank - 1])}: {outcome}\n" in shown.out
 
 
 def test_verify_opens_what_is_disclosed_to_its_reader(tmp_path: Path, cli: Cli) -> None:
@@ -670,7 +670,7 @@ def test_verify_opens_what_is_disclosed_to_its_reader(tmp_path: Path, cli: Cli) 
     (tmp_path / "answers.json").write_bytes(msgspec.json.encode([envelope]))
     files = (tmp_path / "bundle.json", "--disclosures", tmp_path / "answers.json")
     words = ("verify", *files, "--plan-digest", world.plan.digest())
-    place = query._place(named)
+    place = verify._place(named)
     assert cli(*words, as_json=True).json["outcomes"][place] == "sealed"
     assert cli(*words, "--home", tmp_path / "una", as_json=True).json["outcomes"][place] == "disclosed"
     shown = cli(*words, "--home", tmp_path / "eve", as_json=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
@@ -15,12 +16,15 @@ from caltrain.auditor.bundle import TraceBundle
 from caltrain.boundary import messages as m
 from caltrain.boundary.sealed import TraceStatement
 from caltrain.cli.files import read_plan
+from caltrain.crypto.digests import to_raw
 from caltrain.crypto.dsse import Envelope, SigningKey, open_envelope
 from caltrain.enclave.run import State
+from caltrain.exposure.figures import Estimate
 from caltrain.exposure.open_model import save_subject
 from caltrain.exposure.subject import Subject
 from caltrain.participant.receive import receive, run_folder
 from caltrain.plan import Plan
+from caltrain.provenance.verdict import SuspectRecords, VerdictStatement
 from caltrain.records.quarantine import Quarantine, Quarantined, decode_quarantine, open_quarantine
 from support.bundles import bundle_of
 from support.commands import Cli, Outcome
@@ -29,6 +33,7 @@ from support.exposed import subject
 from support.folders import identity_of
 from support.repairs import FEW, Place, entry, leave_out, quarantine_of, repaired
 from support.scripted_host import ScriptedHost
+from support.verdicts import restated, verdict_bundle
 from support.world import World, pictures
 from support.worlds import finished_world
 
@@ -81,6 +86,21 @@ def traced(world: World, seed: int) -> tuple[Envelope, TraceStatement]:
     return envelope, open_envelope(envelope, "trace", key, TraceStatement, step="test")
 
 
+def verdict_on(world: World, records: list[Quarantined]) -> Envelope:
+    """A verdict of the world, as its enclave could have signed it about these records."""
+    bundle = verdict_bundle(world)
+    suspects = tuple(
+        SuspectRecords(
+            party=own.record.party,
+            shard=own.record.shard,
+            leaves=(own.record.leaf,),
+            commitments=base64.b64encode(to_raw(own.commitment)).decode(),
+        )
+        for own in records
+    )
+    return restated(world, bundle, suspects=suspects).trace
+
+
 # --- the plan of a repair ---------------------------------------------------------------------------------------------
 
 
@@ -130,6 +150,7 @@ def test_all_kinds_of_evidence_name_the_same_records_in_any_order(run: Path, tmp
         "a list": [listed],
         "all": [named, [envelope], of_bundle, other, listed],
     }
+    kinds["a verdict"] = [verdict_on(world, both)]
     made = set()
     for what, values in kinds.items():
         files = [written(tmp_path / f"{what} {number}", value) for number, value in enumerate(values)]
@@ -192,6 +213,29 @@ def received_after(world: World, plan: Plan, quarantine: Quarantine, folder: Pat
     return run
 
 
+VERDICT = VerdictStatement(
+    run="0" * 32,
+    model="sha256:" + "0" * 64,
+    method="test",
+    user="una",
+    nonce="0" * 64,
+    inputs=1,
+    input_commitment="sha256:" + "0" * 64,
+    head="sha256:" + "0" * 64,
+    predicted=(0,),
+    outcome="cannot-tell",
+    blamed=(),
+    kinds=("hard",),
+    found=0,
+    suspects=(),
+    precision=Estimate(0.0, 0.0, 1.0, 0),
+    reason="",
+    audit_rate=0.0,
+    resumes=0,
+    simulated=True,
+)
+
+
 def wrong(world: World) -> dict[str, tuple[object, int, str]]:
     """Evidence that is none: the file, the exit code, the error."""
     first = entries(world, FEW[:1])[0]
@@ -212,6 +256,12 @@ def wrong(world: World) -> dict[str, tuple[object, int, str]]:
         for field, value in (("leaf", 5), ("shard", "0" * 32), ("party", "delta"))
     )
     return elsewhere | {
+        "a verdict of another model": (
+            signing.sign("verdict", msgspec.structs.replace(VERDICT, run=world.manifest.run)),
+            17,
+            "remedy.other-model",
+        ),
+        "a verdict that another signed": (SigningKey().sign("verdict", VERDICT), 12, "signature.invalid"),
         "a trace that another signed": (SigningKey().sign("trace", trace), 12, "signature.invalid"),
         "another statement": (world.statements["linked-model"], 10, "remedy.unreadable"),
         "a trace without a signature": (trace, 10, "remedy.unreadable"),
@@ -232,6 +282,7 @@ def wrong(world: World) -> dict[str, tuple[object, int, str]]:
 
 
 WRONG = [
+    *("a verdict of another model", "a verdict that another signed"),
     *("a trace of another run", "a trace of another model", "a trace that another signed", "another statement"),
     *("a trace without a signature", "no list", "no commitment", "nobody", "a list of another run", "two commitments"),
     *("another leaf", "another shard", "another party", "all of a party"),

@@ -44,10 +44,10 @@ BOTH: dict[str, str] = {
     "cut": "ask commit, ask show, read center-state, write center-moved, answer at, answer front, event cut",
     "resume": "read checkpoint, read chain.jsonl, answer at, answer center_seed, answer front, answer state, "
     "event resume",
-    "release": "ask commit, ask show, read center-state, answer sealed, answer signed, event release",
-    "link": "read pool, read held-out, write linkage, read linkage, tell link, answer sealed, answer signed, "
-    "event link",
-    "questions": "answer sealed, event query, event disclosure",
+    "hunt": "ask commit, ask show, read center-state, read pool, tell hunt, answer sealed, event hunt",
+    "release": "answer sealed, answer signed, event release",
+    "link": "read held-out, write linkage, read linkage, answer signed, event link",
+    "questions": "answer sealed, read pool, event query, event disclosure",
     "failure": "answer error, event stopped",
 }
 OWN: dict[str, dict[str, str]] = {
@@ -70,6 +70,7 @@ BODIES: dict[EventKind, set[str]] = {
     "checkpoint": {"state", "sealed", "size", "epoch", "step", "front", "center"},
     "resume": {"at", "parties"},
     "stopped": {"state", "code"},
+    "hunt": {"model", "records", "scans"},
     "release": {"model", "audit_rate", "seed_revealed"},
     "link": {"model", "records", "statement"},
     "query": {"user", "kind", "inputs", "model", "answer"},

@@ -117,7 +117,7 @@ def test_model_report_and_chain_are_kept_whole(receiving_: Receiving) -> None:
     assert record.head == world.run.chain.head
     assert bytes.fromhex(record.run_seed) == world.run.seed
     report = msgspec.json.decode((folder / "suspicion.json").read_bytes(), type=SuspicionReport)
-    assert set(report.scores) == {shard.header.shard for shard in world.parties["alpha"].shards}
+    assert set(report.scores["disagreement"]) == {shard.header.shard for shard in world.parties["alpha"].shards}
     assert all(path.stat().st_mode & 0o077 == 0 for path in folder.iterdir())
 
 
