@@ -20,6 +20,7 @@ _FOLDS = 5
 _ROUNDS = 12
 _SHRINK = 0.1
 _FLOOR = 1e-4
+_CERTAIN = 2.94  # log odds of 0.95: what it takes to accuse a record
 
 
 def grow(fingerprints: Tensor, doubt: Tensor, *, seeds: Tensor, accused: Tensor) -> Suspects:
@@ -38,7 +39,7 @@ def grow(fingerprints: Tensor, doubt: Tensor, *, seeds: Tensor, accused: Tensor)
             break
         seen.append(found)
         found = now
-    return _suspects(found, odds > 0, accused)
+    return _suspects(accused & (odds > _CERTAIN), odds > _CERTAIN, accused)
 
 
 def none() -> Suspects:

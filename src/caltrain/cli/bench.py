@@ -11,7 +11,8 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from caltrain.bench.training import TrainingReport, bench_preset, cuts_of, run
-from caltrain.cli.output import Format, FormatOption, choose, console, emit
+from caltrain.cli.output import Format, FormatOption, choose, console, emit, say, wants_json
+from caltrain.errors import ConfigError
 from caltrain.exposure.figures import BudgetName
 from caltrain.models.imagenet import NETWORKS
 from caltrain.presets import Preset, StartName
@@ -179,6 +180,61 @@ def trace(
     choose(format_)
     report = run(records=records, dims=dims, classes=classes, rounds=rounds, threads=threads, folder=folder)
     emit(report, title="Trace")
+
+
+@app.command()
+def accountability(
+    data: Annotated[str, typer.Option(help="cifar10, mnist, pneumoniamnist, digits, or the path of a set")] = "mnist",
+    data_dir: Annotated[Path | None, typer.Option(help="where data sets are; default the cache")] = None,
+    download: Annotated[bool, typer.Option("--download", help="bring the set there first")] = False,
+    cases: Annotated[str, typer.Option(help="of the grid's cases, separated by commas; default all")] = "",
+    shares: Annotated[str, typer.Option(help="of all records, that are tampered with; default 0.01")] = "",
+    seeds: Annotated[int | None, typer.Option(min=1, help="runs of a case; default 1, with --full 3")] = None,
+    full: Annotated[bool, typer.Option("--full", help="a long run: all shares, three seeds, ten clean runs")] = False,
+    remedy: Annotated[bool, typer.Option("--remedy", help="also retrain without what the verdict blames")] = False,
+    records: Annotated[int | None, typer.Option(min=500, help="training records; default by data set")] = None,
+    skew: Annotated[
+        float | None, typer.Option(min=0.05, help="uneven contributors: a Dirichlet concentration; default even")
+    ] = None,
+    processes: Annotated[int, typer.Option(min=1, max=64, help="runs at a time, of one thread each")] = 2,
+    cache: Annotated[Path | None, typer.Option(help="where models and answers are kept; default the cache")] = None,
+    format_: FormatOption = Format.TEXT,
+) -> None:
+    """Verdicts beside the truth that was planted, and beside other methods. What was done is kept: it can go on."""
+    from caltrain.bench.accountability import grid  # noqa: PLC0415  # torch
+    from caltrain.bench.accountability.cache import default_folder  # noqa: PLC0415
+    from caltrain.bench.accountability.jobs import Where  # noqa: PLC0415
+    from caltrain.bench.accountability.telling import tables  # noqa: PLC0415
+
+    choose(format_)
+    jobs = grid.jobs_of(cases=_listed(cases), shares=_numbers(shares), seeds=seeds, full=full)
+    where = Where(
+        data=data,
+        data_dir=str(data_dir) if data_dir else None,
+        records=records,
+        cache=str(cache or default_folder()),
+        download=download,
+        skew=skew,
+    )
+    with _ticks(grid.rounds(jobs, remedy=remedy)) as tick:
+        report = grid.run(where, jobs, processes=processes, remedy=remedy, on_round=tick)
+    if wants_json():
+        emit(report)
+    for table in tables(report):
+        say(table)
+
+
+def _listed(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _numbers(text: str) -> list[float]:
+    try:
+        return [float(part) for part in _listed(text)]
+    except ValueError:
+        raise ConfigError(
+            "bench.share", f"these are no shares: {text!r:.60}", step="bench accountability", fix="Give 0.01,0.05."
+        ) from None
 
 
 def cost_plot(rows: Sequence[InferenceReport]) -> str:

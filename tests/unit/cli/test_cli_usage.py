@@ -39,6 +39,7 @@ COMMANDS = {
     ("bench", "exposure"),
     ("bench", "infer"),
     ("bench", "trace"),
+    ("bench", "accountability"),
     ("exposure", "assess"),
     ("exposure", "verify"),
     ("model", "package"),
