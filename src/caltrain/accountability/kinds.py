@@ -10,10 +10,13 @@ hard                 none of these
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 from caltrain.accountability.cases import Dossier, Kind, Links, Mispredictions
+from caltrain.accountability.subset import CERTAIN, fisher
 
 CAUSED: tuple[Kind, ...] = ("trigger", "mislabelled")
 """Mistakes that records stand behind."""
@@ -27,29 +30,36 @@ def kinds_of(dossier: Dossier, asked: Mispredictions, *, suspects: Tensor) -> tu
     links = dossier.links
     if not len(links.labels):
         return tuple("out-of-distribution" for _ in asked.predicted)
+    caused = _caused(links, asked, suspects)
+    theirs: Kind = "mislabelled" if _alien(links, suspects) else "trigger"
+    parts = torch.split(asked.fingerprints, _AT_ONCE)
+    others = [kind for part in parts for kind in _others(links, part, usual=dossier.usual_distance)]
+    return tuple(theirs if own else kind for own, kind in zip(caused, others, strict=True))
+
+
+def _caused(links: Links, asked: Mispredictions, suspects: Tensor) -> list[bool]:
+    """Whether a misprediction (Q) lies with the suspects of its class, and not with the rest of the class."""
+    caused = torch.zeros(len(asked.predicted), dtype=torch.bool)
     guilty = torch.zeros(len(links.labels), dtype=torch.bool)
     guilty[suspects] = True
-    alien = _alien(links, suspects)
-    kinds: list[Kind] = []
-    for start in range(0, len(asked.predicted), _AT_ONCE):
-        part = slice(start, start + _AT_ONCE)
-        distances = torch.cdist(asked.fingerprints[part], links.fingerprints)
-        for row, label in zip(distances, asked.predicted[part].tolist(), strict=True):
-            kinds.append(_kind(row, links.labels, label, guilty, usual=dossier.usual_distance, alien=alien))
-    return tuple(kinds)
+    for label in set(links.labels[suspects].tolist()):
+        rows, here = links.labels == label, asked.predicted == label
+        yes, no = links.fingerprints[rows & guilty], links.fingerprints[rows & ~guilty]
+        if len(no) < 2 or not here.any():
+            caused |= here
+        elif len(yes) > 1:
+            caused[here] = fisher(yes, no, asked.fingerprints[here]) > CERTAIN
+    return [bool(own) for own in caused]
 
 
-def _kind(distances: Tensor, labels: Tensor, label: int, guilty: Tensor, *, usual: float, alien: bool) -> Kind:
-    inside = distances.masked_fill(labels != label, torch.inf)
-    count = min(_NEIGHBOURS, int((labels == label).sum()))
-    near = torch.topk(inside, count, largest=False).indices
-    if count and float(guilty[near].float().mean()) > 0.5:
-        return "mislabelled" if alien else "trigger"
-    around = torch.topk(distances, min(_NEIGHBOURS, len(distances)), largest=False)
-    if float(around.values[0]) > usual:
-        return "out-of-distribution"
-    commonest = int(labels[around.indices].bincount().max())
-    return "ambiguous" if commonest <= _MIXED * len(around.indices) else "hard"
+def _others(links: Links, fingerprints: Tensor, *, usual: float) -> Iterator[Kind]:
+    distances = torch.cdist(fingerprints, links.fingerprints)
+    around = torch.topk(distances, min(_NEIGHBOURS, distances.shape[1]), largest=False)
+    for near, first in zip(links.labels[around.indices], around.values[:, 0].tolist(), strict=True):
+        if first > usual:
+            yield "out-of-distribution"
+        else:
+            yield "ambiguous" if int(near.bincount().max()) <= _MIXED * len(near) else "hard"
 
 
 def _alien(links: Links, suspects: Tensor) -> bool:

@@ -6,7 +6,8 @@ data every prefix of it is a draw without replacement, and how many of a contrib
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -55,8 +56,16 @@ def scan(order: tuple[Tensor, ...], suspected: Tensor, sources: Tensor, *, contr
         for look in (_strongest(near == c, sizes, len(sources), int(share[c]), c) for c in range(contributors)):
             p_value = min(1.0, look.p_value * len(sizes) * len(order))
             if p_value < found[look.contributor].p_value:
-                found[look.contributor] = Look(look.contributor, look.size, look.own, p_value)
+                found[look.contributor] = replace(look, p_value=p_value)
     return tuple(found)
+
+
+def strongest(looks: Sequence[Sequence[Look]]) -> tuple[Look, ...]:
+    """Of several scans of the same contributors each one's strongest look, corrected for there being several."""
+    return tuple(
+        replace(best, p_value=min(1.0, best.p_value * len(looks)))
+        for best in (min(each, key=lambda look: look.p_value) for each in zip(*looks, strict=True))
+    )
 
 
 def holm(p_values: NDArray[np.float64]) -> NDArray[np.float64]:

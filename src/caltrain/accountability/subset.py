@@ -20,7 +20,8 @@ _FOLDS = 5
 _ROUNDS = 12
 _SHRINK = 0.1
 _FLOOR = 1e-4
-_CERTAIN = 2.94  # log odds of 0.95: what it takes to accuse a record
+CERTAIN = 2.94
+"""Log odds of 0.95: what it takes to accuse a record."""
 
 
 def grow(fingerprints: Tensor, doubt: Tensor, *, seeds: Tensor, accused: Tensor) -> Suspects:
@@ -39,7 +40,7 @@ def grow(fingerprints: Tensor, doubt: Tensor, *, seeds: Tensor, accused: Tensor)
             break
         seen.append(found)
         found = now
-    return _suspects(accused & (odds > _CERTAIN), odds > _CERTAIN, accused)
+    return _suspects(accused & (odds > CERTAIN), odds > CERTAIN, accused)
 
 
 def none() -> Suspects:
@@ -88,11 +89,12 @@ def _odds(columns: Tensor, found: Tensor) -> Tensor:
         if len(yes) < 2 or len(no) < 2:
             odds[out] = torch.where(found[out], 1.0, -1.0)
             continue
-        odds[out] = _fisher(yes, no, columns[out])
+        odds[out] = fisher(yes, no, columns[out])
     return odds
 
 
-def _fisher(yes: Tensor, no: Tensor, rows: Tensor) -> Tensor:
+def fisher(yes: Tensor, no: Tensor, rows: Tensor) -> Tensor:
+    """Log odds (r,) that `rows` (r, D) belong with `yes` (at least two) and not with `no` (at least two)."""
     away = torch.cat((yes - yes.mean(0), no - no.mean(0)))
     spread = away.T @ away / len(away)
     spread = spread + _SHRINK * spread.diagonal().mean() * torch.eye(len(spread))

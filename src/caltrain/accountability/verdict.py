@@ -9,14 +9,15 @@ nearby. An accusation takes two things, and both come from the records, not from
       nearest records do, even before the more lenient of two witnesses: one that never saw the accused, one that saw
       all but these records. So a contributor whose pictures merely look different is not blamed for that.
 
-A misprediction among whose neighbours the suspects are not most is not theirs. What passes (1) alone is answered with
-"cannot tell": poison whose labels are right, or honest records that only one contributor has. What passes neither has
-no record behind it: a mistake, or a model that the host has changed.
+Accomplices vouch for one another, so (1) is looked for without those of whom most is near, too: without their records,
+before witnesses that never saw them. A misprediction that lies with the rest of its class and not with the suspects is
+not theirs. What passes (1) alone is answered with "cannot tell": poison whose labels are right, or honest records that
+only one contributor has. What passes neither has no record behind it: a mistake, or a model that the host has changed.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -26,10 +27,12 @@ from torch import Tensor
 
 from caltrain.accountability.cases import Blame, Dossier, Mispredictions, Suspects, Verdict, doubt
 from caltrain.accountability.kinds import CAUSED, kinds_of
-from caltrain.accountability.scan import SMALLEST, Look, holm, orders, scan
+from caltrain.accountability.scan import SMALLEST, Look, holm, orders, scan, strongest
 from caltrain.accountability.subset import grow, none, together
 
 ALPHA = 1e-3
+_NEAREST = 100
+_PARTNERS = 2
 _COMPARED = 30  # records of others that an accused's are held against, at least
 
 
@@ -74,20 +77,47 @@ class _Class:
         links = dossier.links
         rows = (links.labels == label).nonzero().squeeze(1)
         near = orders(asked.fingerprints[asked.predicted == label], links.fingerprints[rows])
-        looks = scan(near, dossier.doubt[rows] > 0, links.sources[rows], contributors=len(links.contributors))
-        return cls(dossier, label, rows, near, looks)
+        found = cls(dossier, label, rows, near, ())
+        without = (frozenset[int](), *found.partners())
+        return replace(found, looks=strongest([found.scanned(partners) for partners in without]))
 
     @property
     def sources(self) -> Tensor:
         """Whose the records are (n,)."""
         return self.dossier.links.sources[self.rows]
 
+    def partners(self) -> list[frozenset[int]]:
+        """Those of whom most is near: each may have vouched for an accomplice. Nobody, where only two contribute."""
+        count = len(self.dossier.links.contributors)
+        nearest = self.sources[torch.argsort(self.near[0], stable=True)[:_NEAREST]]
+        most = torch.argsort(torch.bincount(nearest, minlength=count), descending=True, stable=True)
+        return [frozenset({c}) for c in most[: max(0, min(_PARTNERS, count - 2))].tolist()]
+
+    def scanned(self, without: frozenset[int]) -> tuple[Look, ...]:
+        """The class without these contributors: without their records, and before witnesses that never saw them."""
+        there = ~torch.isin(self.sources, torch.tensor(sorted(without), dtype=torch.int64))
+        return scan(
+            tuple(values[there] for values in self.near),
+            self.doubts(without)[there] > 0,
+            self.sources[there],
+            contributors=len(self.dossier.links.contributors),
+        )
+
+    def doubts(self, without: frozenset[int]) -> Tensor:
+        """How much each label is doubted (n,) by a witness that saw neither its contributor nor these."""
+        found = self.dossier.doubt[self.rows]
+        for contributor in sorted(set(self.sources.tolist())) if without else ():
+            own = self.rows[self.sources == contributor]
+            said = self.dossier.witness.testify(own, without=without | {contributor})
+            found[self.sources == contributor] = doubt(said, self.dossier.links.labels[own])
+        return found
+
     def suspects(self, accused: list[Look], alpha: float) -> Suspects:
         """The records of the accused that stand up to both witnesses, by their rows among all."""
         if not accused:
             return none()
         own = torch.isin(self.sources, torch.tensor([look.contributor for look in accused]))
-        doubt = self.dossier.doubt[self.rows]
+        doubt = self.doubts(frozenset(self.sources[own].tolist()) if len(accused) > 1 else frozenset())
         seeds = self._seeds(doubt > 0, max(look.size for look in accused))
         found = grow(self.dossier.links.fingerprints[self.rows], doubt, seeds=seeds, accused=own)
         guilty = [look.contributor for look in accused if self._stands(found.rows, look.contributor, own, alpha)]
