@@ -25,7 +25,8 @@ def plan(
     run: Annotated[Path, typer.Argument(help="a party's folder of the run that is to be repaired (runs/ID)")],
     out: Annotated[Path, typer.Option(help="folder for quarantine.json and plan.toml")],
     evidence: Annotated[
-        list[Path] | None, typer.Argument(help="JSON lists of records, quarantine lists, signed traces or verdicts, bundles")
+        list[Path] | None,
+        typer.Argument(help="JSON lists of records, quarantine lists, signed traces or verdicts, bundles"),
     ] = None,
     without: Annotated[list[str], typer.Option(help="leave out a whole party; repeat")] = [],  # noqa: B006
     earlier: Annotated[Path | None, typer.Option(help="the list of the repair that this run was")] = None,
