@@ -20,6 +20,8 @@ from typing import Any, ClassVar
 
 # What decoding untrusted JSON, MessagePack or TOML can raise: wrong form and bad UTF-8, nesting without end.
 UNDECODABLE = (ValueError, RecursionError)
+# What figures that cannot be worked out raise: no convergence, a singular matrix, a class without records.
+UNCOMPUTABLE = (ArithmeticError, LookupError, RuntimeError, ValueError)
 _MAX_WIRE_TEXT = 2_000
 
 

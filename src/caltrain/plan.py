@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import tomllib
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Container, Iterable, Iterator
 from typing import Annotated, Literal, TypeVar
 
 import msgspec
+from msgspec import UNSET, UnsetType
 
 from caltrain.crypto import dsse
 from caltrain.crypto.digests import Digest, canonical_json, digest
@@ -19,9 +20,11 @@ from caltrain.crypto.hpke import HpkePublicKey
 from caltrain.errors import UNDECODABLE, AccessError, ConfigError, IntegrityError
 from caltrain.exposure.policy import Policy, check_policy
 from caltrain.models.spec import Cut, ModelSpec, Partition, check_model, inner_weights
-from caltrain.records.commitment import PartyName, ShardId
+from caltrain.records.commitment import PartyName, RecordRef, ShardId
+from caltrain.records.quarantine import Repair
 from caltrain.records.schema import DataSchema, check_schema
 from caltrain.records.shard import MAX_SHARD_RECORDS
+from caltrain.records.shown import MAX_READERS
 from caltrain.training.augment import check_augment
 from caltrain.training.spec import CenterSpec, TrainingSpec
 
@@ -32,7 +35,7 @@ MAX_RELEASE = 48 << 20
 """Bytes of all sealed parts together: they leave the enclave in one frame."""
 
 Measurement = Annotated[str, msgspec.Meta(pattern=r"^sha384:[0-9a-f]{96}\Z")]
-Right = Literal["predict", "trace"]
+Right = Literal["predict", "trace", "verdict"]
 T = TypeVar("T")
 
 
@@ -45,12 +48,16 @@ class Party(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
 
 
 class User(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """A model user: what they may ask of the enclave, and how often (one input is one question)."""
+    """A model user: what they may ask of the enclave, and how often (one input is one question).
+
+    `budget` is for the whole run; `per_hour` (0: no such bound) is how many may come at once, and in each hour then on.
+    """
 
     name: PartyName
     public_key: dsse.PublicKey
-    may: Annotated[tuple[Right, ...], msgspec.Meta(min_length=1, max_length=2)]
+    may: Annotated[tuple[Right, ...], msgspec.Meta(min_length=1, max_length=3)]
     budget: Annotated[int, msgspec.Meta(ge=1, le=1_000_000_000)]
+    per_hour: Annotated[int, msgspec.Meta(ge=0, le=1_000_000_000)] = 0
 
 
 class EnclaveSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -59,12 +66,30 @@ class EnclaveSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     measurement: Measurement
 
 
+class Reader(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Somebody to whom records are disclosed: a user, a party or an auditor, with the key that they are sealed to."""
+
+    name: PartyName
+    encryption_key: HpkePublicKey
+
+
 class TraceSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """What a trace answers: neighbours, and the step to which distances are rounded."""
+    """What a trace answers: neighbours, and how their distances are told; what the hunt tells a party.
+
+    Distances are rounded to a step, and one shorter than that of the share `distance_floor` of clean queries is told
+    as theirs: else a distance near 0 tells that the input itself was trained on.
+    """
 
     neighbours: Annotated[int, msgspec.Meta(ge=1, le=100)] = 9
     distance_step: Annotated[float, msgspec.Meta(ge=0.001, le=1)] = 0.01
+    distance_floor: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.5
     suspicion_neighbours: Annotated[int, msgspec.Meta(ge=1, le=100)] = 20
+    share_quality: bool = False
+    """Every party learns the estimated share of wrong labels of all; else of its own records alone."""
+    filters: bool = False
+    """Users may ask for the nearest of any class, and of single contributors."""
+    disclose_to: Annotated[tuple[Reader, ...], msgspec.Meta(max_length=MAX_READERS)] = ()
+    """Disclosed records are sealed to these; without any, each contributor hands them to whom it will."""
 
 
 class ReleaseSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -103,6 +128,8 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     trace: TraceSpec = TraceSpec()
     exposure: ExposureSpec | None = None
     release: ReleaseSpec = ReleaseSpec()
+    repair: Repair | UnsetType = UNSET
+    """What this run leaves out of an earlier one. Unset, it is in no digest: such plans have the digest they had."""
 
     def digest(self) -> str:
         """Digest of the parsed structure, never of the TOML text."""
@@ -160,8 +187,19 @@ class RunManifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
         return digest("run-manifest/v1", canonical_json(self))
 
     def records(self, *, held_out: bool = False) -> int:
-        """Number of records over all parties: those trained on, or those held out."""
+        """Number of records over all parties: those to train on (less what a repair leaves out), or those held out."""
         return sum(s.records for party in self.parties for s in party.shards if s.held_out == held_out)
+
+    def trained(self, plan: Plan) -> int:
+        """Number of records that are trained on, under the plan of this run."""
+        return self.records() - (plan.repair.records if plan.repair else 0)
+
+    def references(self, *, without: Container[RecordRef] = ()) -> Iterator[RecordRef]:
+        """Every record to train on, in the order in which the plain loop takes them, but those left out."""
+        for party in self.parties:
+            for shard in party.shards:
+                everything = (RecordRef(party.name, shard.shard, leaf) for leaf in range(shard.records))
+                yield from (ref for ref in everything if not shard.held_out and ref not in without)
 
 
 class CutApproval(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -234,8 +272,13 @@ def check_plan(plan: Plan) -> Plan:
     check_augment(plan.training.augment, plan.data.shape, plan.model.size)
     _check_center(plan)
     _check_cut_policy(plan)
+    _check_repair(plan)
     people: list[Party | User] = [*plan.parties, *plan.users]
-    for kind, values in (("name", [p.name for p in people]), ("public_key", [p.public_key for p in people])):
+    for kind, values in (
+        ("name", [p.name for p in people]),
+        ("public_key", [p.public_key for p in people]),
+        ("name among readers", [reader.name for reader in plan.trace.disclose_to]),
+    ):
         repeated = [value for value, count in Counter(values).items() if count > 1]
         if repeated:
             raise ConfigError(
@@ -296,6 +339,26 @@ def _check_cut_policy(plan: Plan) -> None:
                 step="check plan",
                 fix="Change that part of [exposure.policy], or what it needs.",
             )
+
+
+def _check_repair(plan: Plan) -> None:
+    if not plan.repair:
+        return
+    if not plan.repair.records and not plan.repair.without:
+        raise _bad_repair("it leaves out neither a record nor a party")
+    former = {value for party in plan.repair.without for value in (party.name, party.public_key)}
+    back = [party.name for party in plan.parties if {party.name, party.public_key} & former]
+    if back:
+        raise _bad_repair(f"{back[0]} is left out, and takes part, by its name or by its key")
+
+
+def _bad_repair(what: str) -> ConfigError:
+    return ConfigError(
+        "plan.repair",
+        f"the repair contradicts itself: {what}",
+        step="check plan",
+        fix="Have `caltrain remedy plan` write it again.",
+    )
 
 
 def _named(entries: Iterable[T], name: str, kind: Literal["party", "user"]) -> T:

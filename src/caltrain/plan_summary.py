@@ -52,6 +52,7 @@ class PlanSummary(msgspec.Struct, frozen=True, kw_only=True):
     restart_needs: str
     wheel: str | None
     initial: str | None
+    repair: str | None
     reveal_seed: bool
     parties: tuple[str, ...]
     users: tuple[str, ...]
@@ -82,6 +83,7 @@ def summarise(plan: Plan) -> PlanSummary:
         restart_needs=f"the word of {plan.resume_quorum or parties} of {parties} parties",
         wheel=_wheel(plan),
         initial=_initial(plan),
+        repair=plan.repair.in_words() if plan.repair else None,
         reveal_seed=plan.release.reveal_seed,
         parties=tuple(party.name for party in plan.parties),
         users=tuple(_user(user) for user in plan.users),
@@ -148,4 +150,5 @@ def _initial(plan: Plan) -> str | None:
 
 
 def _user(user: User) -> str:
-    return f"{user.name} may {' and '.join(user.may)}, {user.budget} inputs"
+    pace = f", at most {user.per_hour} an hour" if user.per_hour else ""
+    return f"{user.name} may {' and '.join(user.may)}, {user.budget} inputs{pace}"

@@ -18,11 +18,11 @@ from caltrain.attestation.verify import Policy
 from caltrain.errors import ConfigError
 from caltrain.files import write_whole
 from caltrain.participant.identity import Identity, create_identity
-from caltrain.plan import EnclaveSpec, Party, Plan, ReleaseSpec, Right, User, check_plan
+from caltrain.plan import EnclaveSpec, Party, Plan, Reader, ReleaseSpec, Right, TraceSpec, User, check_plan
 from caltrain.presets import STARTS, Preset, StartName
 
 DEFAULT_PARTIES = ["alder", "birch", "cedar", "dogwood"]
-_RIGHTS: tuple[Right, Right] = ("predict", "trace")
+_RIGHTS: tuple[Right, ...] = ("predict", "trace", "verdict")
 
 
 @dataclass(frozen=True)
@@ -84,16 +84,21 @@ def create_project(
             ),
             enclave=EnclaveSpec(measurement=measurement),
             center=chosen.center,
+            # Those who trace see the records that are disclosed to them, and nobody who carries them does.
+            trace=TraceSpec(
+                disclose_to=tuple(Reader(name=i.name, encryption_key=i.reading_key().public) for i in asking.values())
+            ),
             release=ReleaseSpec(reveal_seed=reveal_seed),
         )
         policy = Policy(measurements=(measurement,), allow_simulated=True, simulated_roots=(operator.signer.public,))
         project = Project(folder, check_plan(plan), policy, operator, own, asking)
-        write_whole(project.plan_path, _toml(plan))
-        write_whole(project.policy_path, _toml(policy))
+        write_whole(project.plan_path, to_toml(plan))
+        write_whole(project.policy_path, to_toml(policy))
     return project
 
 
-def _toml(value: Plan | Policy) -> bytes:
+def to_toml(value: Plan | Policy) -> bytes:
+    """A plan or policy as people read it."""
     return msgspec.toml.encode(_without_nothing(msgspec.to_builtins(value)))
 
 

@@ -153,7 +153,7 @@ def test_everything_that_the_host_can_see_was_looked_at(ternary: Examined) -> No
     assert {head.role for head, _ in tensors_in(door["out"])} == {"ir", "center-grad", "eval-ir"}
     assert {head.role for head, _ in tensors_in(door["in"])} == {"center-out", "ir-grad", "eval-out"}
     assert b"show-center" in door["out"], "the center was audited"
-    assert {"release: center", "end: chain.jsonl", "end: release/alpha", "end: suspicion/alpha"} <= files
+    assert {"release: center", "release: suspicion/alpha", "end: chain.jsonl", "end: release/alpha"} <= files
     assert ternary.outcome.entropies.keys() == set(NAMES)
     assert all(name.startswith("[v") for name in ternary.outcome.unreadable), ternary.outcome.unreadable
 

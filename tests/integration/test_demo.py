@@ -22,6 +22,7 @@ import msgspec
 import pytest
 
 from caltrain.auditor.bundle import read_bundle, verify_bundle
+from caltrain.cli.files import read_policy
 from caltrain.demo.scenario import TRIALS
 from caltrain.host_client import HostClient
 from caltrain.project import Project, create_project
@@ -79,8 +80,11 @@ def test_the_report_is_there_and_says_what_it_rests_on(digits: dict[str, Any]) -
 def test_the_bundles_verify_offline_against_the_plan(digits: dict[str, Any]) -> None:
     folder = Path(digits["report"]).parent
     plan = run_json("plan", "digest", folder / "project" / "plan.toml")["digest"]
+    policy = read_policy(folder / "project" / "policy.toml")
     for number in range(3):
-        verified = verify_bundle(read_bundle(folder / "traces" / f"bundle-{number}.json"), plan_digest=plan)
+        bundle = read_bundle(folder / "traces" / f"bundle-{number}.json")
+        verified = verify_bundle(bundle, plan_digest=plan, policy=policy)
+        assert verified.appraised
         assert verified.simulated
         assert verified.model == digits["model"]
         assert sum(n.record.party == digits["culprit"] for n in verified.trace.neighbours) > 4

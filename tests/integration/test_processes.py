@@ -20,12 +20,14 @@ import pytest
 
 from caltrain.auditor.bundle import verify_bundle
 from caltrain.auditor.collect import collect_bundle
+from caltrain.auditor.verdict import check_inputs, verify_verdict
 from caltrain.client.ask import ask
 from caltrain.crypto.dsse import Envelope
 from caltrain.errors import EnvironmentFault, ProtocolError
 from caltrain.host.kept import newest_checkpoint
 from caltrain.host.store import Store
 from caltrain.participant.disclose import disclose, note_disclosure
+from caltrain.participant.hunt import fetch_report, kept_report, most_suspicious
 from caltrain.participant.join import join
 from caltrain.participant.receive import RunRecord, run_folder
 from caltrain.participant.seal import own_shards, shard_path
@@ -101,12 +103,44 @@ def test_a_trace_of_the_run_is_verified_without_it(finished: Company) -> None:
         )
         named = answered.traces[0].neighbours[0].record
         owner = next(party for party in finished.parties if party.name == named.party)
-        envelope, commitment = disclose(owner, finished.plan, named)
+        envelope, commitment = disclose(owner, finished.plan, named, model=answered.answers.model)
         note_disclosure(client, owner, run=answered.traces[0].run, commitment=commitment)
-        bundle = collect_bundle(client, finished.plan, answered.envelopes[0], disclosures=[envelope])
-    verified = verify_bundle(bundle, plan_digest=finished.plan.digest())
+        bundle = collect_bundle(
+            client, finished.plan, answered.envelopes[0], evidence=answered.evidence, disclosures=[envelope]
+        )
+    verified = verify_bundle(bundle, plan_digest=finished.plan.digest(), policy=finished.policy)
     assert set(verified.records) == {named}
     assert chain_of(finished)[-1].kind == "disclosure"
+
+
+def test_a_verdict_of_the_run_is_verified_without_it_and_each_party_has_read_its_hunt(finished: Company) -> None:
+    inputs = pictures(3, seed=0)
+    with finished.client() as client:
+        answered = ask(
+            client,
+            finished.plan,
+            finished.policy,
+            kind="verdict",
+            user="una",
+            signer=finished.user.signer,
+            inputs=inputs,
+            clock=lambda: datetime.now(UTC),
+        )
+        bundle = collect_bundle(client, finished.plan, answered.envelopes[0], evidence=answered.evidence)
+        reports = {party.name: fetch_report(client, party, seconds=SECONDS) for party in finished.parties}
+    verified = verify_verdict(bundle, plan_digest=finished.plan.digest(), policy=finished.policy)
+    (said,) = answered.verdicts
+    assert verified.verdict == said
+    check_inputs(verified, inputs)
+    assert said.inputs == 3
+    assert not verified.center_audited
+    kinds = [event.kind for event in chain_of(finished)]
+    assert kinds.index("hunt") < kinds.index("release") < kinds.index("link")
+    for party in finished.parties:
+        run, report = reports[party.name]
+        assert report == kept_report(party, run)
+        assert set(report.wrong_labels) == {party.name}
+        assert all(found.score <= 1 for found in most_suspicious(report, "labels", top=99))
 
 
 def test_who_joins_a_finished_run_again_gets_its_model_again(finished: Company) -> None:

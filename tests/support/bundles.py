@@ -14,23 +14,30 @@ from caltrain.crypto.merkle import inclusion_proof
 from caltrain.enclave.run import State
 from caltrain.records.commitment import RecordRef
 from caltrain.records.disclosure import Disclosure
-from support.world import World, pictures
+from support.world import Change, World, pictures
+
+INPUT = pictures(1, seed=99)
 
 
-def traced_world() -> tuple[World, TraceBundle]:
+def traced_world(*, change: Change = lambda plan: plan) -> tuple[World, TraceBundle]:
     """A linked run, and a bundle for one trace by the user `una`, without disclosures."""
-    world = World(epochs=1).run_to(State.LINKED)
-    asked = world.question("trace", pictures(1, seed=99))
+    world = World(epochs=1, change=change).run_to(State.LINKED)
+    return world, bundle_of(world)
+
+
+def bundle_of(world: World) -> TraceBundle:
+    """A bundle for one trace of a linked run, by the user `una`, without disclosures."""
+    asked = world.question("trace", INPUT)
     trace = asked.open(world.done(m.Query("una", asked.envelope)).sealed["una"]).traces[0]
-    bundle = TraceBundle(
+    return TraceBundle(
         plan=world.plan,
         manifest=world.run.vault.signing.sign("run-manifest", world.manifest),
         countersignatures={name: party.countersign(world.manifest) for name, party in world.parties.items()},
         linked=world.statements["linked-model"],
         trace=trace,
+        evidence=asked.bundle,
         chain=tuple(world.events),
     )
-    return world, bundle
 
 
 def statement_of(bundle: TraceBundle) -> TraceStatement:
@@ -47,6 +54,7 @@ def disclosed(world: World, reference: RecordRef, *, record: bytes | None = None
         "disclosure",
         Disclosure(
             record_ref=reference,
+            model=world.run.model_digest,
             records=len(shard.records),
             salt=base64.b64encode(shard.salts[reference.leaf]).decode(),
             record=base64.b64encode(shard.records[reference.leaf] if record is None else record).decode(),

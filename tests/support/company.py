@@ -64,7 +64,9 @@ class Company:
             data=DataSchema(shape=SHAPE, classes=CLASSES),
             training=TrainingSpec(epochs=epochs, batch=8, learning_rate=0.05, threads=1),
             parties=tuple(Party(name=p.name, public_key=p.signer.public) for p in self.parties),
-            users=(User(name="una", public_key=self.user.signer.public, may=("predict", "trace"), budget=100),),
+            users=(
+                User(name="una", public_key=self.user.signer.public, may=("predict", "trace", "verdict"), budget=100),
+            ),
             enclave=EnclaveSpec(measurement=measurement),
             trace=TraceSpec(neighbours=3, suspicion_neighbours=3),
         )

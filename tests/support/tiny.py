@@ -17,7 +17,7 @@ from support.members import Member, Pixels
 Element = Literal["u8", "f32"]
 MEASUREMENT = "sha384:" + "ab" * 48
 PARTIES = ("alpha", "beta", "gamma")
-RIGHTS: dict[str, tuple[Right, ...]] = {"una": ("predict", "trace"), "pat": ("predict",)}
+RIGHTS: dict[str, tuple[Right, ...]] = {"una": ("predict", "trace", "verdict"), "pat": ("predict",)}
 SHAPE = (1, 4, 4)
 CLASSES = ("cat", "dog", "owl")
 MODEL = ModelSpec(

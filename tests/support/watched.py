@@ -10,22 +10,25 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import msgspec
+import pytest
 from torch import Tensor
 
 from caltrain.boundary import messages as m
 from caltrain.boundary.channel import Channel, Tensors
 from caltrain.boundary.tensors import Role, TensorHead
 from caltrain.crypto.digests import to_text
+from caltrain.enclave import contents
 from caltrain.enclave.pool import PoolShape
 from caltrain.enclave.run import State
 from caltrain.exposure.policy import Bound, Policy
 from caltrain.models.spec import Partition
-from caltrain.plan import CutApproval, ExposureSpec, Plan
+from caltrain.plan import CutApproval, ExposureSpec, Plan, Right
 from caltrain.training.spec import CenterSpec
 from support.members import Pixels
+from support.repairs import leave_out, quarantine_of
 from support.tiny import pictures
 from support.world import World
 
@@ -35,6 +38,7 @@ _PHASES: dict[type, str] = {
     m.Vote: "assessment",
     m.Train: "training",
     m.MoveCut: "cut",
+    m.Hunt: "hunt",
     m.Release: "release",
     m.Link: "link",
     m.Query: "questions",
@@ -114,6 +118,7 @@ class Watched(World):
         """Note what crosses while it is handled."""
         self._request, before = request, len(self.host.log)
         reply = super().send(request)
+        self.host.serve()  # what was told last waits for nobody
         for crossing in self.host.log[before:]:
             if crossing.message is not None:
                 self._note(*_call(crossing.message))
@@ -187,14 +192,14 @@ def audited(plan: Plan) -> Plan:
 
 @cache
 def life(head: int) -> Watched:
-    """A run of 23 records and 4 held out, from the plan to a disclosure, with a pool of two parts."""
-    defaults: dict[str, Any] = PoolShape.fit.__kwdefaults__ or {}
-    before = defaults["part_bytes"]
-    defaults["part_bytes"] = 256
-    try:
+    """A run of 23 records and 4 held out, from the plan to a disclosure.
+
+    With a pool of two parts, and no room to keep what is in the records.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(PoolShape.fit.__kwdefaults__ or {}, "part_bytes", 256)
+        patch.setattr(contents, "_HELD", 0)
         return _live(Watched(head=head, held_out=1, epochs=4, change=audited))
-    finally:
-        defaults["part_bytes"] = before
 
 
 def _live(world: Watched) -> Watched:
@@ -208,13 +213,22 @@ def _live(world: Watched) -> Watched:
     world.take_up()
     world.run_to(State.LINKED)
     inputs: Pixels = pictures(3, seed=9)
-    for kind in ("predict", "trace"):
+    for kind in get_args(Right):
         asked = world.question(kind, inputs)
         world.done(m.Query(asked.user, asked.envelope))
     party = world.parties["alpha"]
     commitment = to_text(party.shards[0].commitment(0))
     if not party.shards[0].entry.held_out:
         world.done(m.RecordDisclosure("alpha", party.note(run=world.run.vault.run, commitment=commitment)))
+    return world
+
+
+@cache
+def repair(head: int) -> Watched:
+    """A run that leaves out records of an earlier one, up to its first step."""
+    world = Watched(head=head)
+    leave_out(world, quarantine_of(world))
+    world.run_to(State.READY)
     return world
 
 

@@ -57,7 +57,7 @@ def _quiet(_epoch: int, _step: int, _loss: float) -> None:
 
 
 class World:
-    """Three parties with two shards each, users `una` (both rights) and `pat` (predict only), a tiny model.
+    """Three parties with two shards each, users `una` (all rights) and `pat` (predict only), a tiny model.
 
     The first `held_out` of the parties hold out their last shard.
     """
@@ -101,6 +101,7 @@ class World:
         self.suspicion: dict[str, bytes] = {}
         self.semi_trained: dict[str, bytes] = {}
         self.wants: dict[tuple[str, int], int] = {}
+        self.left_out: set[RecordRef] = set()
 
     def _new_run(self) -> Run:
         vault = Vault(SimulatedAttester(self.root, measurement=MEASUREMENT))
@@ -177,7 +178,8 @@ class World:
             State.AGREEING: self.agree,
             State.AGREED: self.take_in,
             State.READY: self.train,
-            State.TRAINED: self.release,
+            State.TRAINED: self.hunt,
+            State.HUNTED: self.release,
             State.RELEASED: self.link,
         }
         for _ in range(20):
@@ -226,7 +228,7 @@ class World:
     def take_in(self) -> None:
         """Ingest, and start the CenterNet."""
         seed = self.done(self.ingest()).center_seed
-        self.host.center = Center(self.plan, seed=seed, records=self.manifest.records())
+        self.host.center = Center(self.plan, seed=seed, records=self.manifest.trained(self.plan))
 
     def train(self) -> m.Done:
         """On to the next checkpoint, deepening the cut where the plan says so, its policy or the parties."""
@@ -267,6 +269,10 @@ class World:
         assert self.run.course is not None
         return self.run.course
 
+    def hunt(self) -> None:
+        """Hunt before the release."""
+        self.suspicion = self.done(m.Hunt()).sealed
+
     def release(self) -> None:
         """Release to the parties."""
         reply = self.done(self.release_request())
@@ -282,7 +288,7 @@ class World:
         """Link the model."""
         reply = self.done(m.Link())
         assert reply.signed is not None
-        self.suspicion, self.statements["linked-model"] = reply.sealed, reply.signed
+        self.statements["linked-model"] = reply.signed
 
     # -- questions ---------------------------------------------------------------------------------------------------
 
@@ -338,7 +344,7 @@ class World:
     def center_after(self, done: m.Done) -> None:
         """The CenterNet of the place where the run was taken up."""
         if done.at is not None:
-            records = self.manifest.records()
+            records = self.manifest.trained(self.plan)
             center = Center(self.plan, seed=done.center_seed, records=records, front=done.front)
             kept = self.host.storage.get(center_object(*done.at))
             if kept is not None:
@@ -369,9 +375,14 @@ class World:
         return {r: (label, h, f) for label in store.labels(model) for r, h, f in store.entries(model, label)}
 
     def data(self, *, held_out: bool = False) -> tuple[Tensor, Tensor]:
-        """Records in the manifest's order, those trained on or those held out: pixels (N, 1, 4, 4), labels (N,)."""
+        """Those trained on (without `left_out`) or held out, as in the manifest: pixels (N, 1, 4, 4), labels (N,)."""
         shards = [shard for p in self.parties.values() for shard in p.shards if shard.entry.held_out == held_out]
-        records = [record for shard in shards for record in shard.records]
+        records = [
+            record
+            for shard in shards
+            for leaf, record in enumerate(shard.records)
+            if RecordRef(shard.header.contributor, shard.header.shard, leaf) not in self.left_out
+        ]
         decoded = [decode_record(self.plan.data, record) for record in records]
         pixels = torch.from_numpy(np.stack([array for array, _ in decoded]))
         return pixels, torch.tensor([label for _, label in decoded])

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from caltrain import plan as plans
 from caltrain.crypto.digests import canonical_json, digest
+from caltrain.crypto.hpke import HpkePrivateKey
 from caltrain.errors import AccessError, CaltrainError, ConfigError, DataError, IntegrityError
 from caltrain.exposure.policy import check_policy
 from caltrain.models.spec import inner_weights
@@ -39,7 +40,7 @@ from caltrain.records.shard import key_id
 from support.samples import DATA_KEY, MEASUREMENT, PLAN, SHARD, plan, quick, refused, signer
 
 SMALL = plan()
-DIGEST = "sha256:b0ccf944c3bbd321bfe80ae96286afd4bbcc35866db312d25781463f0aa2b7a6"
+DIGEST = "sha256:c6799cd3430afb9041a5e810ad0d73a804c5d04b581630382a13b8ae692c2640"
 
 # The same plan, written otherwise: other order, inline tables, comments, defaults spelled out, 1 for 1.0.
 REWRITTEN = f"""
@@ -238,6 +239,59 @@ def test_a_deepening_cut_is_in_the_digest() -> None:
     assert len(digests | {plan(training=longer).digest()}) == 4
 
 
+REPAIR: dict[str, Any] = {
+    "run": "ab" * 16,
+    "model": "sha256:" + "1" * 64,
+    "quarantine": "sha256:" + "2" * 64,
+    "records": 3,
+    "without": [{"name": "gamma", "public_key": signer("gamma").public}],
+}
+
+
+def test_a_repair_is_in_the_digest_and_none_is_not() -> None:
+    """A plan without one has the digest that it had before there were repairs: `test_known_digest`."""
+    assert "repair" not in msgspec.to_builtins(SMALL)
+    former = {"name": "delta", "public_key": signer("delta").public}
+    others = {"run": "cd" * 16, "model": "sha256:" + "3" * 64, "quarantine": "sha256:" + "3" * 64, "records": 4}
+    changed = [plan(repair=REPAIR | {key: value}).digest() for key, value in (others | {"without": [former]}).items()]
+    assert len({DIGEST, plan(repair=REPAIR).digest(), *changed}) == 7
+    assert plan_from_json(canonical_json(plan(repair=REPAIR))).repair == plan(repair=REPAIR).repair
+
+
+def test_a_repair_leaves_something_out() -> None:
+    plan(repair=REPAIR | {"records": 0})
+    plan(repair=REPAIR | {"without": []})
+    with refused(ConfigError, "plan.repair"):
+        parse_plan(toml(PLAN | {"repair": REPAIR | {"records": 0, "without": []}}))
+
+
+@pytest.mark.parametrize("back", [{"name": "alpha"}, {"public_key": signer("beta").public}])
+def test_a_party_that_was_left_out_does_not_come_back(back: dict[str, str]) -> None:
+    former = {"name": "gamma", "public_key": signer("gamma").public} | back
+    with refused(ConfigError, "plan.repair"):
+        parse_plan(toml(PLAN | {"repair": REPAIR | {"without": [former]}}))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"run": "x"}, {"model": "1"}, {"records": -1}, {"records": (1 << 20) + 1}, {"without": ["gamma"]}, {"more": 1}],
+)
+def test_what_is_no_repair_is_refused(wrong: dict[str, Any]) -> None:
+    with refused(ConfigError, "plan.unknown-key" if "more" in wrong else "plan.invalid"):
+        parse_plan(toml(PLAN | {"repair": REPAIR | wrong}))
+
+
+def test_readers_are_in_the_digest() -> None:
+    other = READER | {"encryption_key": HpkePrivateKey(b"1" * 32).public}
+    traces: list[list[dict[str, str]]] = [[], [READER], [other], [READER, other | {"name": "pat"}]]
+    assert len({plan(trace={"neighbours": 5, "disclose_to": each}).digest() for each in traces}) == len(traces)
+
+
+def test_no_two_readers_have_one_name() -> None:
+    with refused(ConfigError, "plan.duplicate"):
+        parse_plan(toml(PLAN | {"trace": {"disclose_to": [READER, READER]}}))
+
+
 def test_the_order_of_lists_is_in_the_digest() -> None:
     assert plan(parties=PLAN["parties"][::-1]).digest() != DIGEST
     assert plan(data=PLAN["data"] | {"classes": ["dog", "cat", "owl"]}).digest() != DIGEST
@@ -287,6 +341,7 @@ def test_a_missing_key_is_refused(path: Path) -> None:
         parse_plan(toml(fields))
 
 
+READER = {"name": "una", "encryption_key": HpkePrivateKey(bytes(32)).public}
 INVALID: dict[str, tuple[Path, object]] = {
     "version 2": (("version",), 2),
     "no name": (("name",), ""),
@@ -302,7 +357,7 @@ INVALID: dict[str, tuple[Path, object]] = {
     "more records than shards can hold": (("parties", 0, "min_records"), (1 << 32) + 1),
     "no rights": (("users", 0, "may"), []),
     "unknown right": (("users", 0, "may"), ["train"]),
-    "three rights": (("users", 0, "may"), ["predict", "trace", "trace"]),
+    "four rights": (("users", 0, "may"), ["predict", "trace", "verdict", "trace"]),
     "no budget": (("users", 0, "budget"), 0),
     "endless budget": (("users", 0, "budget"), 1_000_000_001),
     "measurement of another algorithm": (("enclave", "measurement"), "sha256:" + "0" * 64),
@@ -310,6 +365,16 @@ INVALID: dict[str, tuple[Path, object]] = {
     "measurement with a line end": (("enclave", "measurement"), MEASUREMENT + "\n"),
     "no neighbours": (("trace", "neighbours"), 0),
     "distances not rounded": (("trace", "distance_step"), 0.0),
+    "a floor below none": (("trace", "distance_floor"), -0.01),
+    "a floor above all": (("trace", "distance_floor"), 1.01),
+    "a floor that is no number": (("trace", "distance_floor"), float("nan")),
+    "a reader without a key": (("trace", "disclose_to"), [{"name": "una"}]),
+    "a reader with a signing key": (
+        ("trace", "disclose_to"),
+        [{"name": "una", "encryption_key": signer("una").public}],
+    ),
+    "too many readers": (("trace", "disclose_to"), [READER] * 65),
+    "a negative pace": (("users", 0, "per_hour"), -1),
     "too many neighbours for suspicion": (("trace", "suspicion_neighbours"), 101),
     "text for a boolean": (("release", "reveal_seed"), "yes"),
     "no epochs": (("training", "epochs"), 0),
@@ -515,7 +580,7 @@ OTHER_MANIFEST = msgspec.structs.replace(MANIFEST, run="cd" * 16)
 
 
 def test_known_manifest() -> None:
-    assert MANIFEST.digest() == "sha256:451ae99747184d7832bf6b2274a27836b9de6312856181e7f96482971806df8f"
+    assert MANIFEST.digest() == "sha256:acff962ed784a9e6b2a90a7341f1812378e6dc7e6d5d92a4ad9294d4d41aefb7"
     assert MANIFEST.records() == 24
 
 

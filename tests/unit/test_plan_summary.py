@@ -12,6 +12,7 @@ from caltrain.models.layers import AvgPool, Conv, Linear, Shortcut
 from caltrain.models.spec import Deepen, ModelSpec, Partition, Wheel
 from caltrain.plan import ExposureSpec, Plan, check_plan
 from caltrain.plan_summary import CutStep, PlanSummary, Zone, summarise
+from caltrain.records.quarantine import FormerParty, Repair
 from caltrain.training.spec import CenterSpec, InitialWeights
 from support.members import Member
 from support.tiny import MEASUREMENT, tiny_plan
@@ -49,9 +50,10 @@ def test_a_plain_plan_has_one_cut_and_nothing_special() -> None:
         restart_needs="the word of 2 of 2 parties",
         wheel=None,
         initial=None,
+        repair=None,
         reveal_seed=False,
         parties=("alpha", "beta"),
-        users=("una may predict and trace, 70 inputs", "pat may predict, 70 inputs"),
+        users=("una may predict and trace and verdict, 70 inputs", "pat may predict, 70 inputs"),
         measurement=MEASUREMENT,
     )
 
@@ -105,7 +107,21 @@ def test_what_is_unusual_is_said(changes: dict[str, Any], field: str, said: str)
     assert getattr(summarise(plan(**changes)), field) == said
 
 
+def test_a_repair_is_told_with_what_is_left_out() -> None:
+    former = FormerParty(name="dogwood", public_key=Member("dogwood").signer.public)
+    repair = Repair(run="ab" * 16, model=DIGEST, quarantine=DIGEST, records=4, without=(former,))
+    assert summarise(plan(repair=repair)).repair == repair.in_words()
+
+
 def test_a_wheel_is_told_with_what_it_means() -> None:
     model = msgspec.structs.replace(plan().model, wheel=Wheel(sha256=DIGEST, factory="mystages:build"))
     said = f"{DIGEST}, mystages:build: its code runs inside: read it before approving"
     assert summarise(plan(model=model)).wheel == said
+
+
+def test_a_users_pace_is_said() -> None:
+    slow = tuple(msgspec.structs.replace(user, per_hour=12) for user in plan().users)
+    assert summarise(plan(users=slow)).users == (
+        "una may predict and trace and verdict, 70 inputs, at most 12 an hour",
+        "pat may predict, 70 inputs, at most 12 an hour",
+    )

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from sklearn.cluster import KMeans
-from sklearn.metrics import silhouette_score
 from torch import Tensor
 
 from caltrain.accountability.cases import Links
@@ -14,6 +11,7 @@ from caltrain.accountability.regression import out_of_fold
 
 _DIMS = 10
 _SAMPLE = 2000
+_STARTS, _ROUNDS = 4, 50
 _LEAST = 20  # a class of fewer records has no clusters to speak of
 
 
@@ -34,19 +32,45 @@ def activation_clusters(links: Links, *, seed: int = 0) -> Tensor:
     The score is how well the two are apart (silhouette) times how unequal they are; the larger cluster has zero.
     """
     scores = torch.zeros(len(links.labels))
-    rng = np.random.default_rng(seed)
+    generator = torch.Generator().manual_seed(seed)
     for rows in _classes(links):
         away = links.fingerprints[rows] - links.fingerprints[rows].mean(0)
-        axes = torch.linalg.eigh(away.T @ away).eigenvectors[:, -_DIMS:]
-        points = (away @ axes).numpy()
-        cluster = KMeans(2, n_init=4, random_state=seed).fit_predict(points)
-        small = cluster == np.bincount(cluster, minlength=2).argmin()
-        if small.all() or not small.any():
-            continue
-        some = rng.permutation(len(points))[:_SAMPLE]
-        apart = silhouette_score(points[some], small[some]) if len(set(small[some])) == 2 else 0.0
-        scores[rows[torch.from_numpy(small)]] = float(max(0.0, apart) * (1 - 2 * small.mean()))
+        points = away @ torch.linalg.eigh(away.T @ away).eigenvectors[:, -_DIMS:]
+        second = two_means(points, generator)
+        small = second if 2 * int(second.sum()) < len(second) else ~second
+        some = torch.randperm(len(points), generator=generator)[:_SAMPLE]
+        apart = max(0.0, silhouette(points[some], small[some]))
+        scores[rows[small]] = apart * (1 - 2 * float(small.float().mean()))
     return scores
+
+
+def two_means(points: Tensor, generator: torch.Generator) -> Tensor:
+    """Which of two clusters each of the points (n, D) is in (n,): the best of a few times Lloyd's algorithm."""
+    best, least = torch.zeros(len(points), dtype=torch.bool), torch.inf
+    for _ in range(_STARTS):
+        centers = points[torch.randperm(len(points), generator=generator)[:2]]
+        for _ in range(_ROUNDS):
+            second = torch.cdist(points, centers).argmin(1) == 1
+            if second.all() or not second.any():
+                break
+            centers = torch.stack((points[~second].mean(0), points[second].mean(0)))
+        distances = torch.cdist(points, centers).min(1)
+        if float(distances.values.square().sum()) < least:
+            best, least = distances.indices == 1, float(distances.values.square().sum())
+    return best
+
+
+def silhouette(points: Tensor, second: Tensor) -> float:
+    """How well two clusters are apart, -1 to 1 (Rousseeuw 1987); 0 where there is only one."""
+    sizes = torch.stack(((~second).sum(), second.sum()))
+    if not bool(sizes.all()):
+        return 0.0
+    distances, own = torch.cdist(points, points), second.long()
+    sums = torch.stack((distances[:, ~second].sum(1), distances[:, second].sum(1)), 1)
+    inside = sums.gather(1, own[:, None])[:, 0] / (sizes[own] - 1).clamp_min(1)
+    outside = sums.gather(1, 1 - own[:, None])[:, 0] / sizes[1 - own]
+    each = (outside - inside) / torch.maximum(outside, inside).clamp_min(1e-12)
+    return float(torch.where(sizes[own] > 1, each, torch.zeros(())).mean())
 
 
 def confident_learning(links: Links, *, classes: int) -> Tensor:

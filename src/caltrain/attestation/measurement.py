@@ -38,7 +38,7 @@ INSIDE = (
     *(f"serving/{name}.py" for name in ("__init__", "package", "precision", "session")),
 )
 OPTIONAL = ("pyseccomp",)
-DEPENDENCIES = ("cryptography", "msgspec", "numpy", "rfc8785", "safetensors", "torch")
+DEPENDENCIES = ("cryptography", "msgspec", "numpy", "rfc8785", "safetensors", "scipy", "torch")
 
 
 def measure_enclave() -> str:

@@ -111,7 +111,7 @@ class ProtectedRun:
         approval = ManifestApproval(manifest=manifest.digest(), party=PARTY)
         ask(m.Countersign(PARTY, self._sign("manifest-approval", approval)))
         done = ask(m.Ingest(self.store.shards()))
-        center = Counted(Center(plan, seed=done.center_seed, records=manifest.records(), device=device))
+        center = Counted(Center(plan, seed=done.center_seed, records=manifest.trained(plan), device=device))
         self.enclave.center = center
         return center
 
@@ -124,6 +124,7 @@ class ProtectedRun:
 
     def release(self, center: Center) -> tuple[State, bytes]:
         """The whole model's state, and the run seed."""
+        self.enclave.request(m.Hunt(), wait=1e6)
         done = self.enclave.request(m.Release(), wait=1e6)
         part = open_for(self._data_key, "release/v1", done.sealed[PARTY], ReleasedPart, context=self._run, step="bench")
         state = decode_state(part.weights, step="bench") | decode_state(center.weights(), step="bench")

@@ -128,12 +128,16 @@ class Rejoin(Message, frozen=True, tag="rejoin"):
     envelope: Envelope
 
 
+class Hunt(Message, frozen=True, tag="hunt"):
+    """Join the zones, pass all records, seal to each party what is suspicious of its own."""
+
+
 class Release(Message, frozen=True, tag="release"):
-    """Join the zones, seal FrontNet and HeadNet to the parties."""
+    """Seal FrontNet and HeadNet to the parties."""
 
 
 class Link(Message, frozen=True, tag="link"):
-    """One forward pass over all records with the whole model."""
+    """Link the released model to every record."""
 
 
 class Query(Message, frozen=True, tag="query"):
@@ -168,6 +172,7 @@ Request = (
     | MoveCut
     | Resume
     | Rejoin
+    | Hunt
     | Release
     | Link
     | Query

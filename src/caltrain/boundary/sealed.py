@@ -13,6 +13,7 @@ from typing import Annotated, Literal, TypeVar
 
 import msgspec
 
+from caltrain.accountability.reference import Basis
 from caltrain.attestation.evidence import Binding, Nonce
 from caltrain.crypto import dsse, hpke
 from caltrain.crypto.aead import KEY_BYTES, seal, unseal
@@ -20,11 +21,16 @@ from caltrain.crypto.decoders import msgpack_decoder
 from caltrain.crypto.digests import Digest, canonical_json, digest
 from caltrain.crypto.kdf import derive
 from caltrain.errors import UNDECODABLE, IntegrityError
-from caltrain.plan import MAX_SHARDS, ManifestShard, Right
+from caltrain.exposure.figures import Estimate
+from caltrain.plan import MAX_PARTIES, MAX_SHARDS, ManifestShard, Right
 from caltrain.records.commitment import PartyName, RecordRef, ShardId
 
 MAX_SEALED = 48 << 20
 MAX_QUESTIONS = 1024
+LEFT_OUT = 0xFFFF
+Scan = Literal["disagreement", "labels", "spectral", "clusters"]
+"""How the hunt looks for suspicious records: nearest fingerprints of another label, what a witness of the contents
+takes the label for, the main direction of a class, its smaller cluster."""
 Key = Annotated[bytes, msgspec.Meta(min_length=KEY_BYTES, max_length=KEY_BYTES)]
 SealedKind = Literal["provision", "rejoin", "query", "grant", "session"]
 T = TypeVar("T")
@@ -62,25 +68,42 @@ class ProvisionReceipt(msgspec.Struct, frozen=True, forbid_unknown_fields=True, 
 
 
 class Question(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """A user's inputs: `count` arrays of the plan's shape and element type, concatenated; a key for the answer."""
+    """A user's inputs: `count` arrays of the plan's shape and element type, concatenated; a key for the answer.
+
+    Traces look at the predicted class, or with `any_label` at all; at all `contributors`, or at these.
+    """
 
     kind: Right
     count: Annotated[int, msgspec.Meta(ge=1, le=MAX_QUESTIONS)]
     inputs: bytes
     answer_key: Key
+    any_label: bool = False
+    contributors: Annotated[tuple[PartyName, ...], msgspec.Meta(max_length=MAX_PARTIES)] = ()
 
 
 class Neighbour(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """One traced record: where it is, how far (a multiple of the plan's distance step), its commitment."""
+    """One traced record: where it is, its label, how far at most, its commitment.
+
+    `distance` is a multiple of the plan's step, and no less than the plan's floor has it. `unusual` is the share of
+    clean queries whose neighbour of this rank is at most as far, in steps of 0.01: near 1 for an input that lies
+    farther from its class than clean ones do, None where there is nothing to compare with. It follows from the distance
+    as it is told, so it tells no more of it.
+    """
 
     rank: int
     record: RecordRef
+    label: int
     distance: float
     commitment: Digest
+    unusual: float | None
 
 
 class TraceStatement(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """What the enclave signs about one traced input (DSSE kind `trace`). `head` is the chain's when it was asked."""
+    """What the enclave signs about one traced input (DSSE kind `trace`). `head` is the chain's when it was asked.
+
+    Where fewer records count than the plan has neighbours, all of them are named: none where the class is empty.
+    `basis` says which clean queries a distance is compared with, `references` how many.
+    """
 
     run: ShardId
     model: Digest
@@ -90,11 +113,19 @@ class TraceStatement(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     input_commitment: Digest
     head: Digest
     predicted: int
+    any_label: bool
+    contributors: tuple[PartyName, ...]
     neighbours: tuple[Neighbour, ...]
+    basis: Basis
+    references: int
     audit_rate: float
     """Share of the center's steps that the enclave repeated in training; 0: center not audited."""
     resumes: int
     simulated: bool
+
+    def records(self) -> dict[RecordRef, str]:
+        """The records that it names, with their commitments."""
+        return {n.record: n.commitment for n in self.neighbours}
 
 
 class Answers(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -104,7 +135,10 @@ class Answers(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     predicted: tuple[int, ...]
     scores: tuple[tuple[float, ...], ...] = ()
     traces: tuple[dsse.Envelope, ...] = ()
+    verdict: dsse.Envelope | None = None
     budget_left: int
+    padding: bytes = b""
+    """Makes a verdict as long as any of this run: its length would tell whether somebody is named."""
 
 
 class ReleasedPart(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -116,17 +150,21 @@ class ReleasedPart(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
 
 
 class SuspicionReport(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Label disagreement of a party's own records after the link pass, in steps of 1/1000.
+    """What the hunt found before the release of a party's own records: suspicion by each scan, in steps of 1/1000.
 
-    Two bytes a record (little endian), so that the size of the sealed report does not tell how many are suspicious.
+    Two bytes a record and scan (little endian), so that the size of the sealed report does not tell how many are
+    suspicious; `LEFT_OUT` for a record that was not trained on. `wrong_labels` is the estimated share of wrong labels:
+    the party's own, and of all where the plan says so (`trace.share_quality`).
     """
 
     model: Digest
-    scores: dict[ShardId, bytes]
+    scores: dict[Scan, dict[ShardId, bytes]]
+    wrong_labels: dict[PartyName, Estimate] = {}
 
-    def of(self, shard: str) -> tuple[int, ...]:
-        """Scores of a shard's records, by leaf."""
-        return struct.unpack(f"<{len(self.scores[shard]) // 2}H", self.scores[shard])
+    def of(self, shard: str, *, scan: Scan = "disagreement") -> tuple[int | None, ...]:
+        """Scores of a shard's records by one scan, by leaf; None for one that was left out."""
+        raw = self.scores[scan][shard]
+        return tuple(None if score == LEFT_OUT else score for score in struct.unpack(f"<{len(raw) // 2}H", raw))
 
 
 class DisclosureNote(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -135,6 +173,11 @@ class DisclosureNote(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     run: ShardId
     party: PartyName
     commitment: Digest
+
+
+def commit_input(nonce: str, elements: bytes) -> str:
+    """What a statement says of its input. The nonce is the user's own: with both they show which input it was."""
+    return digest("input/v1", bytes.fromhex(nonce), elements)
 
 
 def transcript_digest(binding: Binding, sender: str) -> str:

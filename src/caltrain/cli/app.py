@@ -7,7 +7,22 @@ from itertools import pairwise
 import typer
 
 from caltrain import __version__
-from caltrain.cli import bench, demo, doctor, exposure, host, model, party, plan, predict, query, serving
+from caltrain.cli import (
+    bench,
+    demo,
+    doctor,
+    exposure,
+    host,
+    model,
+    party,
+    plan,
+    predict,
+    query,
+    remedy,
+    serving,
+    verdict,
+    verify,
+)
 from caltrain.cli.output import Format, FormatOption, choose, emit, fail
 from caltrain.errors import CaltrainError, ConfigError, EnvironmentFault
 
@@ -28,7 +43,7 @@ app.command("demo", rich_help_panel=_START, short_help="the whole story on one m
 app.command("doctor", rich_help_panel=_START, short_help="what holds on this machine")(doctor.doctor)
 app.command("new", rich_help_panel=_START, short_help="scaffold a project")(plan.new)
 app.add_typer(plan.app, name="plan", rich_help_panel=_PARTY, short_help="check, digest, approve a plan")
-app.add_typer(party.app, name="party", rich_help_panel=_PARTY, short_help="keygen, seal, join, disclose")
+app.add_typer(party.app, name="party", rich_help_panel=_PARTY, short_help="keygen, seal, join, hunt, disclose")
 app.add_typer(host.app, name="host", rich_help_panel=_HOST, short_help="serve a run")
 app.add_typer(host.train_app, name="train", rich_help_panel=_HOST, short_help="start a run and watch it")
 app.command("serve", rich_help_panel=_HOST, short_help="serve packaged models")(serving.serve)
@@ -38,7 +53,11 @@ app.command("predict", rich_help_panel=_USER, short_help="sealed by an enclave, 
 )
 app.command("proxy", rich_help_panel=_USER, short_help="plain Open Inference Protocol on this machine")(serving.proxy)
 app.command("trace", rich_help_panel=_USER, short_help="which records lie behind a prediction")(query.trace)
-app.command("verify", rich_help_panel=_USER, short_help="check a trace bundle, offline")(query.verify)
+app.command("verdict", rich_help_panel=_USER, short_help="who is responsible for errors, if that can be told")(
+    verdict.verdict
+)
+app.command("verify", rich_help_panel=_USER, short_help="check a bundle, offline")(verify.verify)
+app.add_typer(remedy.app, name="remedy", rich_help_panel=_USER, short_help="a model without the bad records")
 app.add_typer(exposure.app, name="exposure", rich_help_panel=_USER, short_help="what each cut gives away, measured")
 app.add_typer(bench.app, name="bench", rich_help_panel=_MORE, short_help="measure what anybody can repeat")
 

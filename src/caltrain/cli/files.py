@@ -64,7 +64,38 @@ def read_inputs(paths: Sequence[Path]) -> NDArray[np.generic]:
     """
     if any(path.suffix.lower() in _PICTURES for path in paths):
         return decode_images(((path.name, read_bounded(path, limit=MAX_ENCODED_BYTES)) for path in paths), len(paths))
-    arrays = [_array(path) for path in paths]
+    return _joined([_array(path) for path in paths])
+
+
+def read_named(paths: Sequence[Path]) -> tuple[NDArray[np.generic], list[str]]:
+    """Inputs as `read_inputs` has them, and for each the file (and row) that it is of. A folder stands for its files.
+
+    Raises DataError `input.none` and what `read_inputs` does.
+    """
+    files = [file for path in paths for file in (_files(path) if path.is_dir() else [path])]
+    arrays = [read_inputs([file]) for file in files]
+    names = [
+        str(file) if len(array) == 1 else f"{file}:{row}"
+        for file, array in zip(files, arrays, strict=True)
+        for row in range(len(array))
+    ]
+    return _joined(arrays), names
+
+
+def _files(folder: Path) -> list[Path]:
+    """What can be read as inputs in a folder, by name."""
+    found = sorted(file for file in folder.iterdir() if file.suffix.lower() in {*_PICTURES, ".npy"})
+    if not found:
+        raise DataError(
+            "input.none",
+            f"{folder} holds neither .npy files nor PNG or JPEG pictures",
+            step="read inputs",
+            fix="Name a folder with inputs in it, or the files.",
+        )
+    return found
+
+
+def _joined(arrays: Sequence[NDArray[np.generic]]) -> NDArray[np.generic]:
     if len({(array.shape[1:], array.dtype) for array in arrays}) != 1:
         raise DataError(
             "input.mixed",

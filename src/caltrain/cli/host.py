@@ -47,6 +47,7 @@ def serve(
     ] = "auto",
     wheel: Annotated[Path | None, typer.Option(help="the wheel of stages that the plan names")] = None,
     initial: Annotated[Path | None, typer.Option(help="the public weights (safetensors) that the plan names")] = None,
+    quarantine: Annotated[Path | None, typer.Option(help="the list of a repair that the plan names")] = None,
     format_: FormatOption = Format.TEXT,
 ) -> None:
     """Serve one run: launch the enclave, take in what the parties send. Ends with Ctrl-C."""
@@ -58,11 +59,8 @@ def serve(
     if resume and anew:
         raise typer.BadParameter("not together with --resume", param_hint="--anew")
     agreed, operator = read_plan(plan), load_identity(root)
-    files: dict[What, Path] = {}
-    if wheel is not None:
-        files["wheel"] = wheel
-    if initial is not None:
-        files["initial"] = initial
+    offered: dict[What, Path | None] = {"wheel": wheel, "initial": initial, "quarantine": quarantine}
+    files = {what: path for what, path in offered.items() if path is not None}
     check_given(agreed, files, kept=folder if resume else None)
     sock = bind(address, port)
     host, bound = sock.getsockname()[:2]

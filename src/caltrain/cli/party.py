@@ -8,9 +8,11 @@ from typing import Annotated
 
 import typer
 
+from caltrain.cli import hunt
 from caltrain.cli.files import read_plan, read_policy, write_json
 from caltrain.cli.judging import judging
 from caltrain.cli.output import Format, FormatOption, choose, emit, say, say_simulated
+from caltrain.crypto.digests import to_raw
 from caltrain.errors import LineageError
 from caltrain.exposure.figures import BudgetName
 from caltrain.files import read_bounded
@@ -21,13 +23,16 @@ from caltrain.participant.assess import assess as assess_run
 from caltrain.participant.cut import agree_to_cut
 from caltrain.participant.disclose import disclose as disclose_record
 from caltrain.participant.disclose import note_disclosure
+from caltrain.participant.disclose import refuse as refuse_record
 from caltrain.participant.identity import create_identity, load_identity
 from caltrain.participant.join import join as join_run
 from caltrain.participant.rejoin import rejoin as rejoin_run
 from caltrain.participant.seal import DEFAULT_SHARD_RECORDS, plan_labels, seal_records
+from caltrain.plan import Reader
 from caltrain.records.commitment import RecordRef
 
 app = typer.Typer(help="A contributor: keys, sealing, joining a run, disclosure.", no_args_is_help=True)
+app.command()(hunt.hunt)
 HomeOption = Annotated[Path, typer.Option(help="the party's folder")]
 PlanOption = Annotated[Path, typer.Option(help="plan.toml")]
 PolicyOption = Annotated[Path, typer.Option(help="policy.toml: which enclaves this party accepts")]
@@ -42,6 +47,17 @@ def keygen(
     """Make the keys of a party or a model user."""
     choose(format_)
     emit(create_identity(home, name).public, title="For the plan")
+
+
+@app.command()
+def reader(
+    home: Annotated[Path, typer.Option(help="the folder of a party, a model user or an auditor")],
+    format_: FormatOption = Format.TEXT,
+) -> None:
+    """The entry under [[trace.disclose_to]] with which a plan has records disclosed to this identity."""
+    choose(format_)
+    identity = load_identity(home)
+    emit(Reader(name=identity.name, encryption_key=identity.reading_key().public), title="For the plan")
 
 
 @app.command()
@@ -122,23 +138,37 @@ def disclose(
     home: HomeOption,
     plan: PlanOption,
     record: Annotated[list[str], typer.Option("--record", help="SHARD:LEAF of a traced record; repeat")],
-    out: Annotated[Path, typer.Option(help="where to write the signed disclosures")],
+    model: Annotated[str, typer.Option(help="the digest of the model that was traced")],
+    out: Annotated[Path, typer.Option(help="where to write what was signed")],
+    refuse: Annotated[bool, typer.Option("--refuse", help="sign that these records will not be disclosed")] = False,
     url: Annotated[str, typer.Option(help="the host, to note it in the chain of this run")] = "",
     run: Annotated[str, typer.Option(help="the run's id, with --url")] = "",
     format_: FormatOption = Format.TEXT,
 ) -> None:
-    """Lay open single records: bytes, salt and inclusion proof, signed. Read them before you hand them on."""
+    """Lay open single records: bytes, salt and inclusion proof, signed, and sealed to the readers that the plan names.
+
+    Where it names none they are in clear: read them before you hand them on.
+    """
     choose(format_)
     agreed, identity = read_plan(plan), load_identity(home)
+    to_raw(model)
     references = [_reference(identity.name, text) for text in record]
-    disclosed = [disclose_record(identity, agreed, reference) for reference in references]
+    if refuse:
+        write_json(out, [refuse_record(identity, reference, model=model) for reference in references])
+        emit({"party": identity.name, "refused": len(references), "file": str(out)}, title="Refused")
+        return
+    disclosed = [disclose_record(identity, agreed, reference, model=model) for reference in references]
     signed = [envelope for envelope, _ in disclosed]
     write_json(out, signed)
     if url:
         with HostClient(url) as host:
             for _, commitment in disclosed:
                 note_disclosure(host, identity, run=run, commitment=commitment)
-    emit({"party": identity.name, "disclosed": len(signed), "file": str(out)}, title="Disclosed")
+    readers = [reader.name for reader in agreed.trace.disclose_to]
+    emit(
+        {"party": identity.name, "disclosed": len(signed), "file": str(out), "readers": readers or ["anybody"]},
+        title="Disclosed",
+    )
 
 
 def _reference(party: str, text: str) -> RecordRef:

@@ -1,36 +1,50 @@
-"""`caltrain trace`, `caltrain verify`: a model user, and anybody who checks."""
+"""`caltrain trace`: which records lie behind a prediction, and how any question is asked."""
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
 
-import msgspec
 import numpy as np
 import typer
 from numpy.typing import NDArray
 
-from caltrain.auditor.bundle import MAX_BUNDLE_BYTES, read_bundle, verify_bundle
+from caltrain.attestation.evidence import EvidenceBundle
+from caltrain.attestation.verify import Policy
 from caltrain.auditor.collect import collect_bundle
-from caltrain.cli.files import read_inputs, read_plan, read_policy, write_json
-from caltrain.cli.output import Format, FormatOption, choose, emit, say, say_simulated
-from caltrain.client.ask import Answered, ask
+from caltrain.boundary.sealed import TraceStatement
+from caltrain.cli.files import read_named, read_plan, read_policy, write_json
+from caltrain.cli.output import Format, FormatOption, choose, console, emit, say, say_simulated
+from caltrain.client.ask import Answered, ask, most_at_once
 from caltrain.crypto.dsse import Envelope
-from caltrain.errors import UNDECODABLE, ConfigError, IntegrityError
-from caltrain.files import read_bounded
+from caltrain.errors import CaltrainError, ConfigError
 from caltrain.host_client import HostClient
-from caltrain.participant.identity import load_identity
+from caltrain.participant.identity import Identity, load_identity
 from caltrain.plan import Plan, Right
-from caltrain.reports.terminal import center_note
+from caltrain.reports.progress import counting
 
-InputsArgument = Annotated[Path, typer.Argument(help=".npy of the plan's shape: (N, C, H, W) or (C, H, W)")]
+InputsArgument = Annotated[
+    list[Path], typer.Argument(help=".npy of (N, C, H, W) or (C, H, W), PNG and JPEG pictures, or folders of these")
+]
 UrlOption = Annotated[str, typer.Option(help="the host")]
 HomeOption = Annotated[Path | None, typer.Option(help="the model user's folder")]
 PlanOption = Annotated[Path | None, typer.Option(help="plan.toml")]
 PolicyOption = Annotated[Path | None, typer.Option(help="policy.toml: which enclaves this user accepts")]
 _SHOWN = 3
+
+
+@dataclass(frozen=True)
+class _Traced:
+    """One traced input: the file that it is of, what the enclave said, and what it showed before it was asked."""
+
+    name: str
+    statement: TraceStatement
+    envelope: Envelope
+    evidence: EvidenceBundle
 
 
 def trace(
@@ -39,106 +53,114 @@ def trace(
     home: HomeOption = None,
     plan: PlanOption = None,
     policy: PolicyOption = None,
-    out: Annotated[Path | None, typer.Option(help="folder for the trace bundles (one a traced input)")] = None,
+    any_label: Annotated[
+        bool, typer.Option("--any-label", help="the nearest records of any class, where the plan allows it")
+    ] = False,
+    contributor: Annotated[
+        list[str], typer.Option("--contributor", help="records of this contributor alone, where the plan allows it")
+    ] = [],  # noqa: B006
+    out: Annotated[
+        Path | None, typer.Option(help="folder for the answers, as they come, and trace bundles (one a traced input)")
+    ] = None,
     bundles: Annotated[int, typer.Option(min=0, help="write at most so many bundles")] = 10,
     format_: FormatOption = Format.TEXT,
 ) -> None:
     """Ask which training records lie behind the predictions for these inputs. Each input counts against the budget."""
     choose(format_)
-    answered, agreed = ask_enclave("trace", read_inputs([inputs]), url, home, plan, policy)
+    asking = _Asking.of(url, home, plan, policy)
+    array, names = read_named(inputs)
+    traced: list[_Traced] = []
+    left, model, simulated, most = 0, "", False, most_at_once(asking.plan)
+    try:
+        with counting(console, "traced", len(array)) as advance:
+            for start in range(0, max(len(array), 1), most):
+                part = array[start : start + most]
+                answered = asking.ask("trace", part, any_label=any_label, contributors=contributor)
+                left, model, simulated = answered.answers.budget_left, answered.answers.model, answered.claims.simulated
+                each = zip(names[start : start + most], answered.traces, answered.envelopes, strict=True)
+                traced += [_Traced(*found, answered.evidence) for found in each]
+                if out is not None:
+                    write_json(out / "traces.json", _as_json(traced))
+                advance(len(part))
+    except CaltrainError:
+        _say_traces(traced, asking.plan, all_of_them=out is None)  # what was answered was paid for
+        raise
     if out is not None:
-        write_json(out / "traces.json", answered.traces)
         with HostClient(url) as host:
-            for index, envelope in enumerate(answered.envelopes[:bundles]):
-                write_json(out / f"bundle-{index}.json", collect_bundle(host, agreed, envelope))
-    if answered.claims.simulated:
+            for index, found in enumerate(traced[:bundles]):
+                bundle = collect_bundle(host, asking.plan, found.envelope, evidence=found.evidence)
+                write_json(out / f"bundle-{index}.json", bundle)
+    if simulated:
         say_simulated()
-    for statement in answered.traces[:_SHOWN]:
-        tally = Counter(n.record.party for n in statement.neighbours).most_common()
-        nearest = ", ".join(f"{party} {count}" for party, count in tally)
-        say(f"input {statement.index}: predicted {agreed.data.classes[statement.predicted]}; nearest: {nearest}")
-        for n in statement.neighbours:
-            say(f"  {n.rank}. {n.record.party} --record {n.record.shard}:{n.record.leaf} distance {n.distance}")
-    if len(answered.traces) > _SHOWN and out is None:
-        say(f"the first {_SHOWN} of {len(answered.traces)}; --out keeps all")
+    _say_traces(traced, asking.plan, all_of_them=False)
+    if len(traced) > _SHOWN and out is None:
+        say(f"the first {_SHOWN} of {len(traced)}; --out keeps all")
+    shown = _as_json(traced) if format_ is Format.JSON else {"traces": f"in {out}" if out else "shown above"}
     emit(
-        {
-            "traced": len(answered.traces),
-            "budget_left": answered.answers.budget_left,
-            "model": answered.answers.model,
-            "simulated": answered.claims.simulated,
-            "traces": answered.traces if format_ is Format.JSON else f"in {out}" if out else "shown above",
-        },
+        {"traced": len(traced), "budget_left": left, "model": model, "simulated": simulated, **shown},
         title="Trace",
     )
 
 
-def verify(
-    bundle: Annotated[Path, typer.Argument(help="a trace bundle")],
-    plan_digest: Annotated[str, typer.Option(help="the digest of the plan, from a party that you trust to know it")],
-    disclosures: Annotated[list[Path], typer.Option(help="files of disclosures to add")] = [],  # noqa: B006
-    head: Annotated[str, typer.Option(help="a head of the chain that a party kept")] = "",
-    format_: FormatOption = Format.TEXT,
-) -> None:
-    """Check a trace bundle and its disclosures, offline."""
-    choose(format_)
-    found = read_bundle(bundle)
-    added = [envelope for path in disclosures for envelope in _disclosures(path)]
-    found = msgspec.structs.replace(found, disclosures=(*found.disclosures, *added))
-    verified = verify_bundle(found, plan_digest=plan_digest, head=head or None)
-    if verified.simulated:
-        say_simulated()
-    say(center_note(verified.audit_rate, verified.resumes))
-    if verified.front_public:
-        say("training began from public weights: the FrontNet is no secret")
-    emit(
-        {
-            "verified": True,
-            "run": verified.run,
-            "model": verified.model,
-            "predicted": found.plan.data.classes[verified.trace.predicted],
-            "neighbours": [f"{n.rank}: {n.record.party}" for n in verified.trace.neighbours],
-            "disclosed": len(verified.records),
-            "undisclosed": len(verified.undisclosed),
-            "events": verified.events,
-            "head": verified.head,
-            "simulated": verified.simulated,
-            "center_audited": verified.center_audited,
-            "front_public": verified.front_public,
-        },
-        title="The bundle verifies",
-    )
+def _as_json(traced: Sequence[_Traced]) -> dict[str, object]:
+    """The files and rows that were asked about, and what was said of each."""
+    return {"inputs": [found.name for found in traced], "traces": [found.statement for found in traced]}
 
 
-def _disclosures(path: Path) -> list[Envelope]:
-    try:
-        raw = read_bounded(path, limit=MAX_BUNDLE_BYTES)
-        return msgspec.json.decode(raw, type=list[Envelope])
-    except UNDECODABLE as error:
-        raise IntegrityError(
-            "disclosure.unreadable", f"{path}: {error}", step="read disclosures", fix="Get the file again."
-        ) from None
+def _say_traces(traced: Sequence[_Traced], plan: Plan, *, all_of_them: bool) -> None:
+    for found in traced if all_of_them else traced[:_SHOWN]:
+        statement = found.statement
+        tally = Counter(n.record.party for n in statement.neighbours).most_common()
+        nearest = ", ".join(f"{party} {count}" for party, count in tally) or "no record counts"
+        say(f"{found.name}: predicted {plan.data.classes[statement.predicted]}; nearest: {nearest}")
+        for n in statement.neighbours:
+            label = f" {plan.data.classes[n.label]}" if statement.any_label else ""
+            unusual = "" if n.unusual is None else f", as far or nearer: {n.unusual:.0%} of {statement.basis} queries"
+            say(
+                f"  {n.rank}. {n.record.party} --record {n.record.shard}:{n.record.leaf}{label}"
+                f" distance {n.distance}{unusual}"
+            )
+
+
+@dataclass(frozen=True)
+class _Asking:
+    """A model user with all that it takes to ask."""
+
+    url: str
+    user: Identity
+    plan: Plan
+    policy: Policy
+
+    @classmethod
+    def of(cls, url: str, home: Path | None, plan: Path | None, policy: Path | None) -> _Asking:
+        if not url or home is None or plan is None or policy is None:
+            raise missing("a host's address, --home, --plan and --policy are needed to ask an enclave")
+        return cls(url, load_identity(home), read_plan(plan), read_policy(policy))
+
+    def ask(
+        self, kind: Right, inputs: NDArray[np.generic], *, any_label: bool = False, contributors: Sequence[str] = ()
+    ) -> Answered:
+        with HostClient(self.url) as host:
+            return ask(
+                host,
+                self.plan,
+                self.policy,
+                kind=kind,
+                user=self.user.name,
+                signer=self.user.signer,
+                inputs=inputs,
+                clock=lambda: datetime.now(UTC),
+                any_label=any_label,
+                contributors=contributors,
+            )
 
 
 def ask_enclave(
     kind: Right, inputs: NDArray[np.generic], url: str, home: Path | None, plan: Path | None, policy: Path | None
 ) -> tuple[Answered, Plan]:
     """Ask the enclave of a training run. Raises ConfigError `option.missing`, and what `ask` raises."""
-    if not url or home is None or plan is None or policy is None:
-        raise missing("a host's address, --home, --plan and --policy are needed to ask an enclave")
-    agreed, user = read_plan(plan), load_identity(home)
-    with HostClient(url) as host:
-        answered = ask(
-            host,
-            agreed,
-            read_policy(policy),
-            kind=kind,
-            user=user.name,
-            signer=user.signer,
-            inputs=inputs,
-            clock=lambda: datetime.now(UTC),
-        )
-    return answered, agreed
+    asking = _Asking.of(url, home, plan, policy)
+    return asking.ask(kind, inputs), asking.plan
 
 
 def missing(what: str) -> ConfigError:

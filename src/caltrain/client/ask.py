@@ -1,4 +1,4 @@
-"""Ask an attested enclave: predict or trace. Inputs and answers are sealed; the host carries them blind."""
+"""Ask an attested enclave: predict, trace, or a verdict. Inputs and answers are sealed; the host carries them blind."""
 
 from __future__ import annotations
 
@@ -19,27 +19,30 @@ from caltrain.boundary.sealed import (
     Answers,
     Question,
     TraceStatement,
+    commit_input,
     open_for,
     seal_message,
     transcript_digest,
 )
-from caltrain.crypto.digests import digest
 from caltrain.crypto.dsse import MAX_ENVELOPE_BYTES, Envelope, SigningKey, open_envelope
 from caltrain.errors import AccessError, DataError, IntegrityError
 from caltrain.host_client import HostClient
 from caltrain.plan import Plan, Right
+from caltrain.provenance.verdict import VerdictStatement, inputs_root
 
 _STEP = "read answer"
 
 
 @dataclass(frozen=True)
 class Answered:
-    """A verified answer: the enclave's claims, what it said, and (for traces) its signed statements."""
+    """A verified answer: the enclave's claims and evidence, what it said, its signed traces or verdict."""
 
     claims: Claims
+    evidence: EvidenceBundle
     answers: Answers
     traces: tuple[TraceStatement, ...]
     envelopes: tuple[Envelope, ...]
+    verdicts: tuple[VerdictStatement, ...] = ()
 
 
 def ask(
@@ -52,8 +55,12 @@ def ask(
     signer: SigningKey,
     inputs: NDArray[np.generic],
     clock: Callable[[], datetime],
+    any_label: bool = False,
+    contributors: Sequence[str] = (),
 ) -> Answered:
     """Ask about `inputs` (N, C, H, W) of the plan's element type, at most `most_at_once`.
+
+    Where the plan allows it, traces are of records of any class, or of these contributors alone.
 
     Raises AttestationError before anything is sealed, DataError, AccessError (not named, budget spent).
     """
@@ -64,19 +71,29 @@ def ask(
     claims = verify_evidence(bundle, policy, purpose="query", plan=plan.digest(), nonce=nonce, now=clock())
     match_plan(claims.measurement, plan)
     raw = np.ascontiguousarray(inputs)
-    question = Question(kind=kind, count=len(raw), inputs=raw.tobytes(), answer_key=os.urandom(32))
+    question = Question(
+        kind=kind,
+        count=len(raw),
+        inputs=raw.tobytes(),
+        answer_key=os.urandom(32),
+        any_label=any_label,
+        contributors=tuple(contributors),
+    )
     envelope = seal_message("query", question, binding=bundle.binding, sender=user, signer=signer)
     sealed = host.post_bytes(f"/v1/users/{user}/query", envelope, limit=MAX_SEALED)
     context = transcript_digest(bundle.binding, user)
     answers = open_for(question.answer_key, "answer/v1", sealed, Answers, context=context, step=_STEP)
-    traces = tuple(_trace(e, bundle, answers, user=user, nonce=nonce, step=_STEP) for e in answers.traces)
+    traces = tuple(_trace(e, bundle, answers, question, user=user) for e in answers.traces)
     _check_answer(kind, answers, traces, raw, nonce)
-    return Answered(claims, answers, traces, answers.traces)
+    if kind != "verdict":
+        return Answered(claims, bundle, answers, traces, answers.traces)
+    envelope, verdict = _verdict(bundle, answers, raw, user=user)
+    return Answered(claims, bundle, answers, traces, (envelope,), (verdict,))
 
 
 def input_commitment(nonce: str, pixels: NDArray[np.generic]) -> str:
     """What a trace statement says of its input: with input and nonce the user can show which one it was."""
-    return digest("input/v1", bytes.fromhex(nonce), np.ascontiguousarray(pixels).tobytes())
+    return commit_input(nonce, np.ascontiguousarray(pixels).tobytes())
 
 
 def most_at_once(plan: Plan) -> int:
@@ -112,10 +129,11 @@ def _check(plan: Plan, inputs: NDArray[np.generic]) -> None:
 
 
 def _trace(
-    envelope: Envelope, bundle: EvidenceBundle, answers: Answers, *, user: str, nonce: str, step: str
+    envelope: Envelope, bundle: EvidenceBundle, answers: Answers, question: Question, *, user: str
 ) -> TraceStatement:
-    trace = open_envelope(envelope, "trace", bundle.binding.signing_key, TraceStatement, step=step)
-    if (trace.user, trace.nonce, trace.model) != (user, nonce, answers.model):
+    trace = open_envelope(envelope, "trace", bundle.binding.signing_key, TraceStatement, step=_STEP)
+    said = (trace.user, trace.nonce, trace.model, trace.any_label, trace.contributors)
+    if said != (user, bundle.binding.nonce, answers.model, question.any_label, question.contributors):
         raise _mismatch("a trace is of another question or model")
     return trace
 
@@ -130,6 +148,24 @@ def _check_answer(
         own = (index, answers.predicted[index], input_commitment(nonce, inputs[index]))
         if (trace.index, trace.predicted, trace.input_commitment) != own:
             raise _mismatch(f"trace {index} is not of the input that was asked about")
+
+
+def _verdict(
+    bundle: EvidenceBundle, answers: Answers, inputs: NDArray[np.generic], *, user: str
+) -> tuple[Envelope, VerdictStatement]:
+    """The signed verdict, which must be of this very question."""
+    if answers.verdict is None:
+        raise _mismatch("there is no verdict in it")
+    verdict = open_envelope(answers.verdict, "verdict", bundle.binding.signing_key, VerdictStatement, step=_STEP)
+    nonce = bundle.binding.nonce
+    asked = inputs_root(input_commitment(nonce, x) for x in inputs)
+    said = (verdict.user, verdict.nonce, verdict.model, verdict.predicted, verdict.inputs, len(verdict.kinds))
+    if said != (user, nonce, answers.model, answers.predicted, len(inputs), len(inputs)):
+        raise _mismatch("the verdict is of another question or model")
+    if verdict.input_commitment != asked:
+        raise _mismatch("the verdict is not of the inputs that were asked about")
+    verdict.records()  # raises where they cannot be read
+    return answers.verdict, verdict
 
 
 def _mismatch(what: str) -> IntegrityError:

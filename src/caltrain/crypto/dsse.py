@@ -47,6 +47,10 @@ class Envelope(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename="
         """The key that the envelope claims: a hint until it is opened with that key."""
         return self.signatures[0].keyid
 
+    def claims(self, kind: str) -> bool:
+        """Whether it says that it is of this kind: a hint until it is opened as one."""
+        return self.payload_type == _TYPE.format(kind)
+
 
 class SigningKey:
     """An Ed25519 private key; `public` is its text form."""
@@ -99,7 +103,7 @@ def open_envelope(envelope: Envelope, kind: str, key: str, type_: type[T], *, st
 
     Raises IntegrityError `signature.invalid` (other key, kind or bytes) or `payload.malformed`.
     """
-    if envelope.payload_type != _TYPE.format(kind):
+    if not envelope.claims(kind):
         raise _bad(f"it is for {envelope.payload_type!r}, not for {kind!r}", step)
     if envelope.signer != key:
         raise _bad("it was made with another key than the one named for it", step)

@@ -23,6 +23,7 @@ from cryptography.hazmat.primitives.hpke import (
     Suite,
 )
 
+from caltrain.crypto.kdf import derive
 from caltrain.errors import IntegrityError
 
 _SUITE = Suite(KEM.MLKEM768_X25519, KDF.HKDF_SHA256, AEAD.AES_256_GCM)
@@ -34,10 +35,14 @@ HpkePublicKey = Annotated[str, msgspec.Meta(pattern=r"^xwing:[A-Za-z0-9+/]+=*\Z"
 
 
 class HpkePrivateKey:
-    """A decryption key that never leaves the process that made it."""
+    """A decryption key that never leaves the process that made it. From a `secret` of 32 bytes always the same one."""
 
-    def __init__(self) -> None:
-        kem, dh = MLKEM768PrivateKey.generate(), X25519PrivateKey.generate()
+    def __init__(self, secret: bytes | None = None) -> None:
+        if secret is None:
+            kem, dh = MLKEM768PrivateKey.generate(), X25519PrivateKey.generate()
+        else:
+            kem = MLKEM768PrivateKey.from_seed_bytes(derive(secret, "hpke-ml-kem/v1", length=64))
+            dh = X25519PrivateKey.from_private_bytes(derive(secret, "hpke-x25519/v1"))
         self._key = MLKEM768X25519PrivateKey(kem, dh)
         raw = kem.public_key().public_bytes_raw() + dh.public_key().public_bytes_raw()
         self.public: str = _SCHEME + base64.b64encode(raw).decode()

@@ -48,12 +48,7 @@ class Finished:
 def train_plainly(finished: Finished) -> Network:
     """The plain loop on the same records in the manifest's order, with the seed that the enclave revealed."""
     rows = finished.lineage.rows
-    refs = [
-        RecordRef(party.name, shard.shard, leaf)
-        for party in finished.manifest.parties
-        for shard in party.shards
-        for leaf in range(shard.records)
-    ]
+    refs = [*finished.manifest.references()]
     plan = finished.project.plan
     return train_plain(
         plan.model,

@@ -122,8 +122,9 @@ def suspicion(joined: JoinResults) -> dict[RecordRef, float]:
     for name, result in joined.items():
         raw = (Path(result["folder"]) / "suspicion.json").read_bytes()
         report = msgspec.json.decode(raw, type=SuspicionReport)
-        for shard in report.scores:
-            scores |= {RecordRef(name, shard, leaf): value / 1000 for leaf, value in enumerate(report.of(shard))}
+        for shard in report.scores["disagreement"]:
+            passed = ((leaf, score) for leaf, score in enumerate(report.of(shard)) if score is not None)
+            scores |= {RecordRef(name, shard, leaf): score / 1000 for leaf, score in passed}
     return scores
 
 

@@ -1,4 +1,4 @@
-"""Questions of model users: predict and trace, sealed in both directions, each input counted against a budget."""
+"""Questions of model users: predict, trace, verdict, sealed in both directions, each input counted against a budget."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from caltrain.accountability.reference import NOTHING, Reference, in_steps
 from caltrain.boundary.messages import Done, Query, RecordDisclosure
 from caltrain.boundary.sealed import (
     Answers,
@@ -17,20 +18,24 @@ from caltrain.boundary.sealed import (
     Question,
     SealedMessage,
     TraceStatement,
+    commit_input,
     open_message,
     seal_for,
 )
 from caltrain.crypto.digests import canonical_json, digest, to_raw, to_text
 from caltrain.crypto.dsse import Envelope, open_envelope
-from caltrain.enclave.linkage import Hit
+from caltrain.enclave.limits import draw
+from caltrain.enclave.linkage import EVERYWHERE, Hit, Where
 from caltrain.enclave.run import Run, State, present
+from caltrain.enclave.verdict import padded, verdict
 from caltrain.errors import AccessError, DataError, IntegrityError
 from caltrain.models.network import features_and_logits
-from caltrain.plan import Plan, User
+from caltrain.plan import Plan, TraceSpec, User
 from caltrain.training.batches import center_crop, normalise
 
 _BATCH = 256
 MAX_SCORES = 1 << 20
+_LONGEST = 2.0  # between vectors of length one
 
 
 def query(run: Run, message: Query) -> tuple[Done, State]:
@@ -43,9 +48,10 @@ def query(run: Run, message: Query) -> tuple[Done, State]:
     binding = run.vault.redeem(sealed, "query")
     question = open_message(sealed, Question, binding=binding, key=run.vault.encryption, step="query")
     inputs = _inputs(plan, question)
+    where = _where(run, question)
     left = _spend(run, user, question)
     with torch.inference_mode():
-        answers = _answer(run, question, inputs, user=user, nonce=sealed.nonce, left=left)
+        answers = _answer(run, question, inputs, where, user=user, nonce=sealed.nonce, left=left)
     context = sealed.transcript
     # The answer key is 32 random bytes, so the digest commits to the answer without letting it be guessed.
     committed = digest("answer/v1", question.answer_key, canonical_json(_public(answers)))
@@ -56,7 +62,12 @@ def query(run: Run, message: Query) -> tuple[Done, State]:
 
 
 def _public(answers: Answers) -> dict[str, object]:
-    return {"model": answers.model, "predicted": answers.predicted, "traces": [t.payload for t in answers.traces]}
+    public: dict[str, object] = {
+        "model": answers.model,
+        "predicted": answers.predicted,
+        "traces": [t.payload for t in answers.traces],
+    }
+    return public | ({"verdict": answers.verdict.payload} if answers.verdict else {})
 
 
 def _inputs(plan: Plan, question: Question) -> Tensor:
@@ -81,6 +92,19 @@ def _inputs(plan: Plan, question: Question) -> Tensor:
     return torch.from_numpy(array.copy())
 
 
+def _where(run: Run, question: Question) -> Where:
+    """Which records count. Filters are for traces, where the plan allows them, and for parties that it names."""
+    plan = present(run.plan)
+    if (question.any_label or question.contributors) and not (plan.trace.filters and question.kind == "trace"):
+        raise _denied("query.filters", "the question chooses classes or contributors", "query")
+    if not question.contributors:
+        return EVERYWHERE
+    names = {plan.party(name).name for name in question.contributors}
+    parties = present(run.manifest).parties  # a party that only holds out has no record that could be named
+    linked = {party.name for party in parties if not all(shard.held_out for shard in party.shards)}
+    return Where(contributors=frozenset(names & linked))
+
+
 def _spend(run: Run, user: User, question: Question) -> int:
     """Count the inputs against the user's budget before anything is computed; returns what is left."""
     if question.kind not in user.may:
@@ -88,11 +112,14 @@ def _spend(run: Run, user: User, question: Question) -> int:
     left = user.budget - run.spent.get(user.name, 0)
     if question.count > left:
         raise _denied("user.budget-spent", f"{user.name} has {left} questions left, asked {question.count}", "query")
+    draw(run, user, question.count)
     run.spent[user.name] = run.spent.get(user.name, 0) + question.count
     return left - question.count
 
 
-def _answer(run: Run, question: Question, inputs: Tensor, *, user: User, nonce: str, left: int) -> Answers:
+def _answer(
+    run: Run, question: Question, inputs: Tensor, where: Where, *, user: User, nonce: str, left: int
+) -> Answers:
     plan, model = present(run.plan), present(run.model)
     features, scores = [], []
     for part in torch.split(inputs, _BATCH):
@@ -113,58 +140,80 @@ def _answer(run: Run, question: Question, inputs: Tensor, *, user: User, nonce: 
     if question.kind == "predict":
         table = tuple(tuple(round(float(s), 6) for s in row) for row in probabilities)
         return Answers(model=run.model_digest, predicted=predicted, scores=table, budget_left=left)
-    hits = _nearest(run, embeddings, predicted)
+    commitments = [commit_input(nonce, x.numpy().tobytes()) for x in inputs]
+    if question.kind == "verdict":
+        signed = verdict(run, embeddings, predicted=predicted, user=user.name, nonce=nonce, inputs=commitments)
+        return padded(run, Answers(model=run.model_digest, predicted=predicted, verdict=signed, budget_left=left))
+    hits = _nearest(run, question, embeddings, predicted, where)
     traces = tuple(
-        _trace(run, plan, hits[i], label, bytes(inputs[i].numpy().tobytes()), user=user, nonce=nonce, index=i)
+        _trace(run, question, hits[i], label, commitments[i], user=user, nonce=nonce, index=i)
         for i, label in enumerate(predicted)
     )
     return Answers(model=run.model_digest, predicted=predicted, traces=traces, budget_left=left)
 
 
-def _nearest(run: Run, embeddings: Tensor, predicted: Sequence[int]) -> list[list[Hit]]:
-    """For each input the nearest records inside its predicted class: fewer where the class is smaller."""
-    store, k = present(run.linkage), present(run.plan).trace.neighbours
+def _nearest(
+    run: Run, question: Question, embeddings: Tensor, predicted: Sequence[int], where: Where
+) -> list[list[Hit]]:
+    """For each input the nearest records, inside its predicted class unless any counts: fewer where fewer count."""
+    store, model, k = present(run.linkage), run.model_digest, present(run.plan).trace.neighbours
     found: list[list[Hit]] = [[] for _ in predicted]
-    for label in set(predicted):
-        asked = [i for i, own in enumerate(predicted) if own == label]
-        there = min(k, store.count(run.model_digest, label))
+    wanted = [None if question.any_label else own for own in predicted]
+    for label in set(wanted):
+        labels = store.labels(model) if label is None else (label,)
+        asked = [i for i, own in enumerate(wanted) if own == label]
+        there = min(k, sum(store.count(model, each, where=where) for each in labels))
         if there:
-            hits = store.nearest(embeddings[asked], model=run.model_digest, labels=[label], k=there)
+            hits = store.nearest(embeddings[asked], model=model, labels=labels, k=there, where=where)
             for i, own_hits in zip(asked, hits, strict=True):
                 found[i] = own_hits
     return found
 
 
 def _trace(
-    run: Run, plan: Plan, hits: Sequence[Hit], label: int, pixels: bytes, *, user: User, nonce: str, index: int
+    run: Run, question: Question, hits: Sequence[Hit], label: int, input_: str, *, user: User, nonce: str, index: int
 ) -> Envelope:
-    """Sign the ranked records, with no more precision than the plan allows."""
-    step = plan.trace.distance_step
-    neighbours = tuple(
-        Neighbour(
-            rank=rank + 1,
-            record=hit.record,
-            distance=round(round(hit.distance / step) * step, 6),
-            commitment=to_text(hit.commitment),
-        )
-        for rank, hit in enumerate(hits)
-    )
+    """Sign the ranked records for the input of this commitment, with no more precision than the plan allows."""
+    reference = run.references.get(label, NOTHING)
+    distances = [_told(rank, hit, reference, present(run.plan).trace) for rank, hit in enumerate(hits, 1)]
+    # Clean queries were asked about their own class and all contributors: they say nothing of other questions.
+    compared = NOTHING if question.any_label or question.contributors else reference
+    step = present(run.plan).trace.distance_step
     statement = TraceStatement(
         run=run.vault.run,
         model=run.model_digest,
         user=user.name,
         nonce=nonce,
         index=index,
-        # The nonce is the user's own: with input and nonce they can show later which input this trace is of.
-        input_commitment=digest("input/v1", bytes.fromhex(nonce), pixels),
+        input_commitment=input_,
         head=run.chain.head,
         predicted=label,
-        neighbours=neighbours,
+        any_label=question.any_label,
+        contributors=question.contributors,
+        neighbours=tuple(
+            Neighbour(
+                rank=rank,
+                record=hit.record,
+                label=hit.label,
+                distance=round(told * step, 6),
+                commitment=to_text(hit.commitment),
+                unusual=compared.unusual(rank, told),
+            )
+            for rank, (hit, told) in enumerate(zip(hits, distances, strict=True), 1)
+        ),
+        basis=compared.basis,
+        references=compared.count,
         audit_rate=run.audit_rate,
         resumes=run.resumes,
         simulated=run.vault.attester.simulated,
     )
     return run.vault.signing.sign("trace", statement)
+
+
+def _told(rank: int, hit: Hit, reference: Reference, spec: TraceSpec) -> int:
+    """A distance in steps of the plan; whether it is that of a copy or of what is merely alike does not show."""
+    steps, most = in_steps(hit.distance, spec.distance_step), in_steps(_LONGEST, spec.distance_step)
+    return reference.told(rank, steps, floor=spec.distance_floor, most=most)
 
 
 def record_disclosure(run: Run, message: RecordDisclosure) -> tuple[Done, State]:

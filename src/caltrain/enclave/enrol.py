@@ -140,10 +140,10 @@ def make_manifest(run: Run, _message: MakeManifest) -> tuple[Done, State]:
             step="make manifest",
             fix="Have a party seal a shard of held-out records, or agree on patience = 0.",
         )
-    if manifest.records() < plan.training.batch:
+    if manifest.trained(plan) < plan.training.batch:
         raise ProvisioningError(
             "manifest.too-few-records",
-            f"{manifest.records()} records do not fill one batch of {plan.training.batch}",
+            f"{manifest.trained(plan)} records do not fill one batch of {plan.training.batch}",
             step="make manifest",
             fix="Contribute more records, or agree on a smaller batch.",
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator
 
+import msgspec
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -17,10 +18,11 @@ from caltrain.enclave.audit import Audit
 from caltrain.enclave.checkpoint import write_checkpoint
 from caltrain.enclave.door import Door
 from caltrain.enclave.pool import Pool, PoolPlace, PoolShape, Rows
+from caltrain.enclave.quarantine import Sieve, sieve_of
 from caltrain.enclave.run import Course, Run, State, present
 from caltrain.enclave.zones import begin_weights, make_zones
 from caltrain.errors import DataError, IntegrityError, LineageError
-from caltrain.plan import ManifestParty, ManifestShard, Plan, RunManifest
+from caltrain.plan import MAX_SHARDS, ManifestParty, ManifestShard, Plan, RunManifest
 from caltrain.records import shard as shards
 from caltrain.records.commitment import RecordRef, commit
 from caltrain.records.schema import DataSchema, decode_record
@@ -66,22 +68,27 @@ def ingest(run: Run, message: Ingest) -> tuple[Done, State]:
             step="ingest",
             fix=f"Have {gone.party} send it again.",
         )
+    sieve = sieve_of(run)
     pools = {False: make_pool(run, "pool"), True: make_pool(run, "held-out")}
     taken, total = 0, manifest.records() + manifest.records(held_out=True)
     for party_index, party in enumerate(manifest.parties):
         seen = Seen()
         for shard_index, entry in enumerate(party.shards):
             place = (party_index, shard_index)
-            for row in _shard_rows(run, plan, RecordRef(party.name, entry.shard, 0), entry, place, seen):
+            first = RecordRef(party.name, entry.shard, 0)
+            for row in _shard_rows(run, plan, first, entry, place, seen=seen, sieve=sieve):
                 pools[entry.held_out].append(row)
             taken += entry.records
             run.door.progress("ingest", taken, total)
         _refuse_duplicates(party, seen)
+    sieve.check_classes()
     for pool in pools.values():
         pool.finish()
     run.pool, run.held_out = pools[False], pools[True] if pools[True].shape.records else None
     start_training(run, Course(front=plan.partition.front), (0, 0))
     begin_weights(run)
+    if plan.repair:
+        run.record("repair", msgspec.to_builtins(plan.repair))
     run.record("ingest", {"records": taken, "ignored": len(stored - wanted)})
     write_checkpoint(run, State.READY)
     ignored = tuple(sorted(stored - wanted, key=lambda s: (s.party, s.shard)))
@@ -90,7 +97,8 @@ def ingest(run: Run, message: Ingest) -> tuple[Done, State]:
 
 def make_pool(run: Run, name: str, place: PoolPlace | None = None) -> Pool:
     """The pool `pool` of the records to train on, or `held-out`."""
-    plan, records = present(run.plan), present(run.manifest).records(held_out=name == "held-out")
+    plan = present(run.plan)
+    records = run.records if name == "pool" else present(run.manifest).records(held_out=True)
     shape = PoolShape.fit(records, _HEAD + _element_bytes(plan.data))
     return Pool(run.door, shape=shape, name=name, place=place)
 
@@ -105,9 +113,9 @@ def start_training(run: Run, course: Course, audited: tuple[int, int]) -> None:
 
 
 def _shard_rows(
-    run: Run, plan: Plan, first: RecordRef, entry: ManifestShard, place: tuple[int, int], seen: Seen
+    run: Run, plan: Plan, first: RecordRef, entry: ManifestShard, place: tuple[int, int], *, seen: Seen, sieve: Sieve
 ) -> Iterator[bytes]:
-    """Rows of one shard, each checked; raises with the shard and its party named."""
+    """Rows of one shard, each checked, but for those in quarantine; raises with the shard and its party named."""
     step = f"ingest shard {first.shard} of {first.party}"
     name = f"shards/{first.party}/{first.shard}"
     prefix = run.door.read_up_to(name, offset=0, length=shards.MAX_HEADER_BYTES + 64)
@@ -125,12 +133,14 @@ def _shard_rows(
     chunks = _chunks(run.door, name, offset)
     tree = MerkleBuilder()
     for leaf, salt, record in shards.open_frames(header, data_key, chunks, schema=plan.data, step=step):
-        commitment = commit(RecordRef(first.party, first.shard, leaf), salt=salt, record=record)
+        reference = RecordRef(first.party, first.shard, leaf)
+        commitment = commit(reference, salt=salt, record=record)
         tree.append(commitment)
         elements, label = _decode(plan.data, record, leaf, step)
         seen.add(record)
-        head = np.array((*place, leaf, label), dtype=_PLACE).tobytes()
-        yield head + commitment + elements.tobytes()
+        if entry.held_out or sieve.keeps(reference, commitment, label, step=step):
+            head = np.array((*place, leaf, label), dtype=_PLACE).tobytes()
+            yield head + commitment + elements.tobytes()
     if not same(to_text(tree.root()), entry.root):
         raise LineageError(
             "ingest.other-root",
@@ -185,6 +195,23 @@ def lineage(rows: Rows, manifest: RunManifest) -> Iterator[tuple[RecordRef, byte
     for place, commitment in zip(_places(rows), commitments, strict=True):
         party = manifest.parties[int(place["party"])]
         yield RecordRef(party.name, party.shards[int(place["shard"])].shard, int(place["leaf"])), commitment.tobytes()
+
+
+def contributors_of(rows: Rows) -> Tensor:
+    """Of each pool row its contributor's number in the manifest: (N,) int64."""
+    return torch.from_numpy(_places(rows)["party"].astype(np.int64))
+
+
+def record_keys(rows: Rows) -> NDArray[np.uint64]:
+    """One number for each pool row: that of `record_key`."""
+    place = _places(rows)
+    return record_key(place["party"], place["shard"], place["leaf"])
+
+
+def record_key(party: NDArray[np.uint32], shard: NDArray[np.uint32], leaf: NDArray[np.uint32]) -> NDArray[np.uint64]:
+    """Numbers of party and shard in the manifest, and the leaf, as one number: no two records share one."""
+    source = party.astype(np.uint64) * np.uint64(MAX_SHARDS) + shard
+    return np.asarray((source << np.uint64(32)) | leaf)
 
 
 def _places(rows: Rows) -> np.ndarray[tuple[int], np.dtype[np.void]]:

@@ -13,10 +13,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
 from caltrain.accountability.search import nearest
-from caltrain.accountability.segments import MAX_REMOVED, MAX_TIME, Batch, joined
+from caltrain.accountability.segments import MAX_REMOVED, MAX_TIME, Batch, Source, joined
 from caltrain.enclave.door import Door
 from caltrain.enclave.segments import STEP, Place, SealedSegments
 from caltrain.enclave.shelves import Filling, Removed, Shelf, Sources, keys, with_last
@@ -34,6 +36,25 @@ class Where:
 
 
 EVERYWHERE = Where()
+
+
+@dataclass(frozen=True)
+class Table:
+    """All records of a model, class by class: fingerprints (N, D) float32, labels (N,), commitments (N, 32).
+
+    Row i is the record `leaf[i]` of the shard `shards[source[i]]`.
+    """
+
+    fingerprints: Tensor
+    labels: Tensor
+    shards: tuple[Source, ...]
+    source: NDArray[np.uint32]
+    leaf: NDArray[np.uint32]
+    commitments: NDArray[np.uint8]
+
+    def record(self, row: int) -> RecordRef:
+        """Where the record of a row is."""
+        return RecordRef(*self.shards[int(self.source[row])], int(self.leaf[row]))
 
 
 @dataclass(frozen=True)
@@ -175,9 +196,9 @@ class LinkageStore:
             for name in [name for name in self._shelves if name[0] == model]:
                 del self._shelves[name]
 
-    def count(self, model: str, label: int) -> int:
-        """Records of a class."""
-        return sum(len(shelf) for shelf in self.shelves(model, [label]))
+    def count(self, model: str, label: int, *, where: Where = EVERYWHERE) -> int:
+        """Records of a class that count."""
+        return sum(_counted(shelf, self._keep(shelf, where)) for shelf in self.shelves(model, [label]))
 
     def nbytes(self, model: str) -> int:
         """Memory of the model's classes that are loaded."""
@@ -194,7 +215,7 @@ class LinkageStore:
         wanted = self.labels(model) if labels is None else tuple(labels)
         shelves = [(label, shelf) for label in wanted for shelf in self.shelves(model, [label])]
         keep = [self._keep(shelf, where) for _, shelf in shelves]
-        there = sum(len(s) if mask is None else int(mask.sum()) for (_, s), mask in zip(shelves, keep, strict=True))
+        there = sum(_counted(shelf, mask) for (_, shelf), mask in zip(shelves, keep, strict=True))
         if not there:
             raise _refuse("linkage.empty-class", f"no record of the classes {list(wanted)[:9]} counts")
         if k > there:
@@ -215,6 +236,26 @@ class LinkageStore:
             if len(rows):
                 return self._reference(shelf, int(rows[0]))
         return None
+
+    def table(self, model: str, *, limit: int) -> Table:
+        """All records of a model that count. Raises DataError `linkage.too-large` beyond `limit` bytes, in advance."""
+        shelves = [(label, shelf) for label in self.labels(model) for shelf in self.shelves(model, [label])]
+        records = sum(len(shelf) for _, shelf in shelves)
+        dims = shelves[0][1].planes.dims
+        if 4 * records * dims > limit:
+            raise _refuse("linkage.too-large", f"{records} fingerprints of {dims} numbers take more than {limit} bytes")
+        fingerprints, filled = torch.empty((records, dims)), 0
+        for _, shelf in shelves:
+            fingerprints[filled : filled + len(shelf)] = shelf.planes.rows()
+            filled += len(shelf)
+        return Table(
+            F.normalize(fingerprints, dim=1, out=fingerprints),  # what is stored is rounded
+            torch.cat([torch.full((len(shelf),), label) for label, shelf in shelves]),
+            tuple(self._sources.known),
+            np.concatenate([shelf.source for _, shelf in shelves]),
+            np.concatenate([shelf.leaf for _, shelf in shelves]),
+            np.concatenate([shelf.commitments for _, shelf in shelves]),
+        )
 
     def shelves(self, model: str, labels: Sequence[int]) -> list[Shelf]:
         """The rows of these classes at this moment: they stay as they are while others add."""
@@ -259,6 +300,10 @@ class LinkageStore:
     def _removed(self, model: str) -> Removed:
         removals = [header for header in self._segments.headers if header.model == model and header.removed]
         return Removed.of((self._sources.keys(header.removed), header.number) for header in removals)
+
+
+def _counted(shelf: Shelf, keep: Tensor | None) -> int:
+    return len(shelf) if keep is None else int(keep.sum())
 
 
 def _refuse(code: str, what: str) -> DataError:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from torch import Tensor
 
+from caltrain.accountability.reference import Reference
 from caltrain.enclave.audit import Audit
 from caltrain.enclave.door import Door
 from caltrain.enclave.linkage import LinkageStore
@@ -22,6 +24,11 @@ from caltrain.plan import Plan, RunManifest
 from caltrain.provenance.chain import Chain, EventKind
 from caltrain.training.seeds import RunSeeds
 from caltrain.training.zone import Zone
+
+if TYPE_CHECKING:  # what a run keeps may itself be made from a run
+    from caltrain.accountability.cases import Dossier
+    from caltrain.enclave.contents import Contents, Passed
+    from caltrain.enclave.linkage import Table
 
 T = TypeVar("T")
 Batch = tuple[Tensor, Tensor]
@@ -38,6 +45,7 @@ class State(StrEnum):
     READY = "ready"
     ASSESSING = "assessing"
     TRAINED = "trained"
+    HUNTED = "hunted"
     RELEASED = "released"
     LINKED = "linked"
     STOPPED = "stopped"
@@ -100,6 +108,14 @@ class Resuming:
     words: dict[str, tuple[str, bytes]] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Bucket:
+    """How many inputs a user could ask about at a time of the enclave's clock, in seconds."""
+
+    level: float
+    at: float
+
+
 @dataclass
 class Run:
     """Everything that a run knows; optional fields fill as it moves on."""
@@ -126,14 +142,33 @@ class Run:
     batches: Iterator[Batch] | None = None
     model: Network | None = None
     model_digest: str = ""
+    passed: Passed | None = None
+    """What the pass over all records found: it waits for the link."""
+    contents: Contents | None = None
+    evidence: tuple[str, Table, Dossier] | None = None
+    """What verdicts start from, and the head of the linkage store that it is of."""
     linkage: LinkageStore | None = None
+    references: dict[int, Reference] = field(default_factory=dict)
+    """By class, how far clean queries are from its records."""
     spent: dict[str, int] = field(default_factory=dict)
+    buckets: dict[str, Bucket] = field(default_factory=dict)
+    clock: Callable[[], float] = time.monotonic
+    """Seconds. The host can hold the clock of a machine, or speed it: only `spent` is a bound against it."""
+    started: float = 0.0
     resuming: Resuming | None = None
     pending: list[tuple[EventKind, dict[str, object]]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.started = self.clock()
 
     def record(self, kind: EventKind, body: dict[str, object]) -> None:
         """Note an event; the session signs it into the chain once the request has succeeded."""
         self.pending.append((kind, body))
+
+    def record_once(self, kind: EventKind, body: dict[str, object]) -> None:
+        """Note an event, unless the chain holds it: a run that was taken up again does what it did."""
+        if not self.chain.holds(kind, body):
+            self.record(kind, body)
 
     @property
     def seeds(self) -> RunSeeds:
@@ -156,9 +191,14 @@ class Run:
         return self.chain.count("resume", before="release")
 
     @property
+    def records(self) -> int:
+        """Records that are trained on."""
+        return present(self.manifest).trained(present(self.plan))
+
+    @property
     def steps(self) -> int:
         """Steps of an epoch."""
-        return present(self.manifest).records() // present(self.plan).training.batch
+        return self.records // present(self.plan).training.batch
 
 
 def present(value: T | None) -> T:

@@ -13,7 +13,8 @@
     ready      Assess              assess             ready, assessing where the parties vote
     assessing  Vote                vote               assessing, ready with the last vote
     ready      MoveCut             move_cut           ready
-    trained    Release             release            released
+    trained    Hunt                hunt               hunted
+    hunted     Release             release            released
     released   Link                link               linked
     linked     Attest, Query, RecordDisclosure        linked
     any        Stop                                   stopped
@@ -26,6 +27,7 @@ either.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -41,6 +43,7 @@ from caltrain.boundary.messages import (
     Countersign,
     Done,
     Failed,
+    Hunt,
     Ingest,
     Link,
     MakeManifest,
@@ -63,6 +66,7 @@ from caltrain.enclave.assess import assess, vote
 from caltrain.enclave.cut import move_cut
 from caltrain.enclave.door import Door
 from caltrain.enclave.enrol import attest, configure, countersign, make_manifest, provision
+from caltrain.enclave.hunt import hunt
 from caltrain.enclave.ingest import ingest
 from caltrain.enclave.release import link, release
 from caltrain.enclave.resume import rejoin, resume
@@ -88,7 +92,8 @@ TABLE: dict[tuple[State, type], tuple[Handler, frozenset[State]]] = {
     (State.READY, Assess): (assess, frozenset({State.READY, State.ASSESSING})),
     (State.ASSESSING, Vote): (vote, frozenset({State.ASSESSING, State.READY})),
     (State.READY, MoveCut): (move_cut, frozenset({State.READY})),
-    (State.TRAINED, Release): (release, frozenset({State.RELEASED})),
+    (State.TRAINED, Hunt): (hunt, frozenset({State.HUNTED})),
+    (State.HUNTED, Release): (release, frozenset({State.RELEASED})),
     (State.RELEASED, Link): (link, frozenset({State.LINKED})),
     (State.LINKED, Attest): (attest, frozenset({State.LINKED})),
     (State.LINKED, Query): (query, frozenset({State.LINKED})),
@@ -97,10 +102,18 @@ TABLE: dict[tuple[State, type], tuple[Handler, frozenset[State]]] = {
 _HARMLESS = frozenset({State.NEW, State.ENROLLING, State.RESUMING, State.AGREEING, State.ASSESSING, State.LINKED})
 
 
-def enclave_main(channel: Channel, attester: Attester, storage: Channel | None = None, *, wheel: bytes = b"") -> None:
-    """Serve requests until `Stop` or the end of the stream (which raises EnvironmentFault)."""
+def enclave_main(
+    channel: Channel,
+    attester: Attester,
+    storage: Channel | None = None,
+    *,
+    wheel: bytes = b"",
+    clock: Callable[[], float] = time.monotonic,
+) -> None:
+    """Serve requests until `Stop` or the end of the stream (which raises EnvironmentFault). `clock` gives seconds."""
     vault = Vault(attester)
-    run = Run(vault=vault, door=Door(channel, storage), chain=Chain(vault.signing, run=vault.run), wheel=wheel)
+    chain = Chain(vault.signing, run=vault.run)
+    run = Run(vault=vault, door=Door(channel, storage), chain=chain, wheel=wheel, clock=clock)
     while run.state is not State.STOPPED:
         request = channel.receive(REQUESTS)
         channel.send(handle(run, request))

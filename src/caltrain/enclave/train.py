@@ -78,9 +78,8 @@ def _check_place(run: Run, course: Course, message: Train) -> None:
 
 def _begin_epoch(run: Run, course: Course) -> None:
     course.loss = 0.0
-    records = present(run.manifest).records()
     # In few bytes, and held by nobody but the shuffle: this is what grows with the records.
-    present(run.pool).shuffle(smallest(epoch_order(records, seed=run.seeds.order, epoch=course.epoch).numpy()))
+    present(run.pool).shuffle(smallest(epoch_order(run.records, seed=run.seeds.order, epoch=course.epoch).numpy()))
 
 
 def _end_epoch(run: Run, course: Course) -> tuple[Measured | None, State]:

@@ -52,6 +52,7 @@ ARTIFACTS = re.compile(
 _BY_CODE = {
     "upload.too-large": 413,
     "user.budget-spent": 429,
+    "user.too-fast": 429,
     "storage.full": 507,
     "http.no-such-artifact": 404,
     "host.internal": 500,

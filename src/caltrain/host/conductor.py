@@ -298,7 +298,7 @@ class Conductor:
         """From where the enclave says that the run is to the end of training."""
         from caltrain.host.begin import begin_center  # noqa: PLC0415  # as in _launch
 
-        records = self.manifest.records() if self.manifest else 0
+        records = self.manifest.trained(self.plan) if self.manifest else 0
         center = begin_center(self.plan, self.store, done, records=records, device=self._device)
         self._running().center = self.center = center
         self._phase("train")
@@ -350,6 +350,8 @@ class Conductor:
         return done
 
     def _release(self) -> None:
+        self._phase("hunt")
+        self._keep("suspicion", self._ask(m.Hunt(), wait=_FOREVER))
         self._phase("release")
         if self.center is not None:
             self.store.put("center", self.center.weights())

@@ -1,4 +1,7 @@
-"""Files that the plan names by their digest and the operator gives: a wheel of stages, public weights to start from."""
+"""Files that the plan names by their digest and the operator gives.
+
+A wheel of stages, public weights to start from, the list of records that a repair leaves out.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from caltrain.errors import ConfigError, EnvironmentFault
 from caltrain.host.store import Store
 from caltrain.plan import Plan
 
-What = Literal["wheel", "initial"]
+What = Literal["wheel", "initial", "quarantine"]
 Given = Mapping[What, Path]
 _STEP = "take the operator's files"
 
@@ -27,6 +30,7 @@ def check_given(plan: Plan, given: Given, *, kept: Path | None = None) -> None:
     named: dict[What, str | None] = {
         "wheel": wheel.sha256 if wheel else None,
         "initial": initial.sha256 if initial else None,
+        "quarantine": plan.repair.quarantine if plan.repair else None,
     }
     for what, digest in named.items():
         path = given.get(what) or (kept / what if kept else None)

@@ -42,7 +42,7 @@ from caltrain.provenance.statements import AssessedModel, ExposureVote
 
 _STEP = "assess"
 _POLL = 0.25
-_OVER = {"release", "link", "linked"}
+_OVER = {"hunt", "release", "link", "linked"}
 Records = tuple[NDArray[np.generic], NDArray[np.int64]]
 Judge = Callable[[Plan, ExposureSpec, bytes, tuple[int, ...], Records], PartyReport]
 

@@ -1,4 +1,4 @@
-"""Disclose one record: its bytes, salt and inclusion proof, signed by its contributor."""
+"""Disclose one record: its bytes, salt and inclusion proof, signed by its contributor; or refuse to, signed as well."""
 
 from __future__ import annotations
 
@@ -16,11 +16,14 @@ from caltrain.participant.seal import read_own_header, shard_path
 from caltrain.plan import Plan
 from caltrain.records import shard as shards
 from caltrain.records.commitment import RecordRef, commit
-from caltrain.records.disclosure import Disclosure
+from caltrain.records.disclosure import Disclosure, Refusal
+from caltrain.records.shown import seal_disclosure
 
 
-def disclose(identity: Identity, plan: Plan, reference: RecordRef) -> tuple[Envelope, str]:
-    """The signed disclosure (DSSE kind `disclosure`) of one of our records, and the record's commitment.
+def disclose(identity: Identity, plan: Plan, reference: RecordRef, *, model: str) -> tuple[Envelope, str]:
+    """The signed disclosure of one of our records, for a trace of `model`, and the record's commitment.
+
+    Sealed (DSSE kind `sealed-disclosure`) where the plan names who may read it, else plain (`disclosure`).
 
     Raises LineageError `disclose.no-such-record`, IntegrityError when our own shard is damaged.
     """
@@ -43,12 +46,28 @@ def disclose(identity: Identity, plan: Plan, reference: RecordRef) -> tuple[Enve
     salt, record = found
     disclosure = Disclosure(
         record_ref=reference,
+        model=model,
         records=header.records,
         salt=base64.b64encode(salt).decode(),
         record=base64.b64encode(record).decode(),
         proof=tuple(base64.b64encode(p).decode() for p in inclusion_proof(commitments, reference.leaf)),
     )
-    return identity.signer.sign("disclosure", disclosure), to_text(commitments[reference.leaf])
+    signed, commitment = identity.signer.sign("disclosure", disclosure), to_text(commitments[reference.leaf])
+    readers = {reader.name: reader.encryption_key for reader in plan.trace.disclose_to}
+    if readers:
+        sealed = seal_disclosure(signed, reference, model=model, readers=readers)
+        signed = identity.signer.sign("sealed-disclosure", sealed)
+    return signed, commitment
+
+
+def refuse(identity: Identity, reference: RecordRef, *, model: str) -> Envelope:
+    """Our signed word (DSSE kind `refusal`) that we will not disclose a record that a trace of `model` names.
+
+    Raises LineageError `disclose.no-such-record` for another party's.
+    """
+    if reference.party != identity.name:
+        raise _no_such(reference, identity.name)
+    return identity.signer.sign("refusal", Refusal(record_ref=reference, model=model))
 
 
 def note_disclosure(host: HostClient, identity: Identity, *, run: str, commitment: str) -> None:

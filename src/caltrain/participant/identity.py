@@ -11,6 +11,8 @@ from typing import Annotated
 import msgspec
 
 from caltrain.crypto.dsse import PublicKey, SigningKey
+from caltrain.crypto.hpke import HpkePrivateKey
+from caltrain.crypto.kdf import derive
 from caltrain.errors import UNDECODABLE, ConfigError
 from caltrain.participant.files import alone, write_whole
 from caltrain.records.commitment import PartyName
@@ -41,6 +43,10 @@ class Identity:
     def public(self) -> PublicIdentity:
         """What others are given."""
         return PublicIdentity(name=self.name, public_key=self.signer.public)
+
+    def reading_key(self) -> HpkePrivateKey:
+        """Opens what is disclosed to this identity. It follows from the signing key, which no enclave is given."""
+        return HpkePrivateKey(derive(self.signer.private_bytes(), "reading-key/v1"))
 
 
 def create_identity(folder: Path, name: str) -> Identity:

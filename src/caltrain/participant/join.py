@@ -46,6 +46,7 @@ _AFTER_PROVISIONING = {
     "assess",
     "train",
     "cut",
+    "hunt",
     "release",
     "link",
     "linked",

@@ -58,6 +58,8 @@ def receive(host: HostClient, plan: Plan, identity: Identity, manifest: RunManif
     run = (statement.manifest, statement.run, linked.run)
     if not same_model or run != (manifest.digest(), manifest.run, manifest.run):
         raise _mismatch("release, statement and link do not speak of one model of this run")
+    if not statement.repair == linked.repair == (plan.repair or None):
+        raise _mismatch("release and link do not say of the repair what the plan says")
     weights = join_weights(plan, part.weights, host.artifact("center"), digest=part.model)
     suspicion = open_for(
         identity.data_key,

@@ -35,7 +35,7 @@ from caltrain.plan import Plan
 from caltrain.provenance.chain import Event
 
 _STEP = "rejoin"
-_GOES_ON = {"start", "ingest", "assess", "train", "cut", "release", "link", "linked"}
+_GOES_ON = {"start", "ingest", "assess", "train", "cut", "hunt", "release", "link", "linked"}
 
 
 @dataclass(frozen=True)

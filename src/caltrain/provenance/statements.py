@@ -2,7 +2,7 @@
 
 `audit_rate` is the share of the center's steps that the enclave repeated; 0 means: center not audited.
 `resumes` counts restarts before the release: the audit's chance holds from one to the next, and steps before each may
-have been repeated.
+have been repeated. `repair` says which model this one replaces and what it was trained without; None for a first run.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from caltrain.crypto.digests import Digest
 from caltrain.exposure.figures import Estimate
 from caltrain.models.spec import Cut
 from caltrain.records.commitment import PartyName, ShardId
+from caltrain.records.quarantine import Repair
 
 
 class ModelStatement(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -33,6 +34,7 @@ class ModelStatement(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     audit_rate: float
     resumes: int
     simulated: bool
+    repair: Repair | None
 
 
 class LinkedModel(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -49,6 +51,7 @@ class LinkedModel(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     audit_rate: float
     resumes: int
     simulated: bool
+    repair: Repair | None
 
 
 Figures = Annotated[dict[str, Estimate], msgspec.Meta(max_length=64)]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
@@ -53,6 +54,14 @@ def watch(
                     fix="Watch it again, or wait longer with --timeout.",
                 )
             time.sleep(_POLL)
+
+
+@contextmanager
+def counting(console: Console, what: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A bar that goes on by as many as it is called with."""
+    with _bar(console) as bar:
+        task = bar.add_task(what, total=total, figures="")
+        yield lambda more: bar.advance(task, more)
 
 
 def _bar(console: Console) -> Progress:

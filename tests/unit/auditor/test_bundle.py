@@ -28,7 +28,8 @@ from caltrain.provenance.statements import LinkedModel
 from caltrain.records.commitment import RecordRef
 from caltrain.records.disclosure import Disclosure
 from caltrain.training.spec import CenterSpec, InitialWeights
-from support.folders import signed_manifest
+from support.folders import policy_of, signed_manifest
+from support.repairs import repaired
 from support.samples import refused
 from support.scripted_host import ScriptedHost
 from support.world import World, pictures
@@ -49,6 +50,7 @@ def disclosed(world: World, reference: RecordRef, **changes: Any) -> Envelope:
     leaves = [shard.commitment(leaf) for leaf in range(len(shard.records))]
     honest = Disclosure(
         record_ref=reference,
+        model=world.run.model_digest,
         records=len(leaves),
         salt=b64(shard.salts[reference.leaf]),
         record=b64(shard.records[reference.leaf]),
@@ -62,7 +64,9 @@ class Audit:
 
     def __init__(self, world: World | None = None) -> None:
         self.world = world or finished_world()
-        asked = self.world.question("trace", pictures(1, seed=11))
+        self.input = pictures(1, seed=11)
+        asked = self.world.question("trace", self.input)
+        self.evidence, self.policy = asked.bundle, policy_of(self.world)
         answers = asked.open(self.world.done(m.Query("una", asked.envelope)).sealed["una"])
         self.signing = self.world.run.vault.signing
         self.trace = open_envelope(answers.traces[0], "trace", self.signing.public, TraceStatement, step="test")
@@ -73,13 +77,14 @@ class Audit:
                 client,
                 self.world.plan,
                 answers.traces[0],
+                evidence=asked.bundle,
                 disclosures=[disclosed(self.world, reference) for reference in self.named[:2]],
             )
 
     def verify(self, head: str | None = None, **changes: Any) -> Verified:
         """Check the bundle, with changes."""
         changed = msgspec.structs.replace(self.bundle, **changes)
-        return verify_bundle(changed, plan_digest=self.world.plan.digest(), head=head)
+        return verify_bundle(changed, plan_digest=self.world.plan.digest(), head=head, policy=self.policy)
 
     def refused(self, family: type[CaltrainError], code: str, **changes: Any) -> None:
         """With these changes the bundle is refused."""
@@ -143,15 +148,51 @@ def test_a_bundle_of_a_run_from_public_weights_says_so(audit: Audit) -> None:
         chain.append("manifest", {"manifest": manifest.digest()}),
         chain.append("link", {"model": world.run.model_digest}),
     )
+    head, asked = chain.head, chain.append("query", {"user": "una", "model": world.run.model_digest})
+    binding = msgspec.structs.replace(audit.evidence.binding, plan=plan.digest())
     bundle = msgspec.structs.replace(
         audit.bundle,
         plan=plan,
         manifest=signing.sign("run-manifest", manifest),
         countersignatures={name: party.countersign(manifest) for name, party in world.parties.items()},
-        trace=audit.retraced(head=chain.head),
-        chain=events,
+        trace=audit.retraced(head=head),
+        evidence=msgspec.structs.replace(audit.evidence, binding=binding),
+        chain=(*events, asked),
     )
     assert verify_bundle(bundle, plan_digest=plan.digest()).front_public
+
+
+@cache
+def mended() -> Audit:
+    """A bundle of a run that left out some records."""
+    return Audit(repaired().run_to(State.LINKED))
+
+
+def test_a_bundle_of_a_repair_says_what_was_left_out(audit: Audit) -> None:
+    assert audit.verify().repair is None
+    assert mended().verify().repair == mended().world.plan.repair
+
+
+def test_a_link_that_does_not_say_of_the_repair_what_the_plan_says_is_refused(audit: Audit) -> None:
+    repair = mended().world.plan.repair
+    assert repair
+    for one, said in ((audit, repair), (mended(), None), (mended(), msgspec.structs.replace(repair, records=3))):
+        linked = msgspec.structs.replace(one.world.statement("linked-model", LinkedModel), repair=said)
+        one.refused(LineageError, "bundle.other-repair", linked=one.signing.sign("linked-model", linked))
+
+
+def test_a_chain_without_the_repair_is_refused() -> None:
+    one, world = mended(), mended().world
+    for body in (None, {"quarantine": OTHER}):
+        chain = Chain(one.signing, run=world.manifest.run)
+        events = [
+            chain.append("plan", {"plan": world.plan.digest()}),
+            chain.append("manifest", {"manifest": world.manifest.digest()}),
+            *([chain.append("repair", body)] if body else []),
+            chain.append("link", {"model": world.run.model_digest}),
+        ]
+        trace = one.retraced(head=chain.head)
+        one.refused(LineageError, "bundle.not-in-chain", chain=tuple(events), trace=trace)
 
 
 def test_a_head_that_a_party_kept_earlier_is_passed(audit: Audit) -> None:
@@ -425,7 +466,9 @@ def test_no_byte_of_a_bundle_can_be_another_one(audit: Audit, tmp_path: Path) ->
         changed[at] ^= 1 << bit
         path.write_bytes(changed)
         with pytest.raises(CaltrainError) as caught:
-            verify_bundle(read_bundle(path), plan_digest=audit.world.plan.digest(), head=audit.head)
+            verify_bundle(
+                read_bundle(path), plan_digest=audit.world.plan.digest(), head=audit.head, policy=audit.policy
+            )
         assert caught.value.code, (at, bit)
 
 
@@ -468,7 +511,7 @@ def test_garbage_is_not_collected(audit: Audit, name: str, garbage: bytes) -> No
     host = ScriptedHost(audit.world)
     host.edit[f"/v1/artifacts/{name}"] = lambda _: garbage
     with host.client() as client, refused(IntegrityError, "envelope.malformed"):
-        collect_bundle(client, audit.world.plan, audit.bundle.trace)
+        collect_bundle(client, audit.world.plan, audit.bundle.trace, evidence=audit.evidence)
 
 
 def test_a_manifest_without_form_or_an_artifact_that_is_missing_is_named(audit: Audit) -> None:
@@ -476,7 +519,7 @@ def test_a_manifest_without_form_or_an_artifact_that_is_missing_is_named(audit: 
         host = ScriptedHost(audit.world)
         host.edit[path] = lambda _: httpx.Response(404, content=b"<html>")
         with host.client() as client, refused(ProtocolError, "host.garbage"):
-            collect_bundle(client, audit.world.plan, audit.bundle.trace)
+            collect_bundle(client, audit.world.plan, audit.bundle.trace, evidence=audit.evidence)
 
 
 def test_the_collected_manifest_is_the_enclaves(audit: Audit) -> None:

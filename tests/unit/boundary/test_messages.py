@@ -47,6 +47,7 @@ REQUESTS: list[m.Message] = [
     m.MoveCut(2, {"alpha": ENVELOPE}),
     m.Resume(b"{}", "checkpoint-1"),
     m.Rejoin("alpha", ENVELOPE),
+    m.Hunt(),
     m.Release(),
     m.Link(),
     m.Query("user", ENVELOPE),

@@ -206,9 +206,11 @@ def test_a_word_out_of_its_form_is_refused(change: dict[str, object]) -> None:
 
 
 def test_a_report_of_suspicion_is_read_by_shard() -> None:
-    report = SuspicionReport(model=digest("model"), scores={"ab" * 16: b"\xe8\x03\0\0\x01\x02", "cd" * 16: b""})
-    assert report.of("ab" * 16) == (1000, 0, 513)
+    scores = {"ab" * 16: b"\xe8\x03\0\0\x01\x02\xff\xff", "cd" * 16: b""}
+    report = SuspicionReport(model=digest("model"), scores={"disagreement": scores, "labels": {"ab" * 16: b"\x01\0"}})
+    assert report.of("ab" * 16) == (1000, 0, 513, None)
     assert report.of("cd" * 16) == ()
+    assert report.of("ab" * 16, scan="labels") == (1,)
 
 
 @pytest.mark.parametrize("count", [0, MAX_QUESTIONS + 1])

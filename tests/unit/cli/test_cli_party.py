@@ -12,6 +12,7 @@ import pytest
 
 from caltrain.cli import party as commands
 from caltrain.crypto.dsse import Envelope, open_envelope
+from caltrain.crypto.hpke import seal_to
 from caltrain.exposure.party_report import PartyReport
 from caltrain.participant.assess import Voted
 from caltrain.participant.identity import create_identity, load_identity
@@ -19,11 +20,14 @@ from caltrain.participant.seal import own_shards
 from caltrain.plan import Plan, parse_plan
 from caltrain.project import Project, create_project
 from caltrain.provenance.statements import AssessedModel
-from caltrain.records.disclosure import Disclosure
+from caltrain.records.commitment import RecordRef
+from caltrain.records.disclosure import Disclosure, Refusal
 from caltrain.records.schema import decode_record
+from caltrain.records.shown import Reading, SealedDisclosure, open_disclosure
 from support.commands import Cli
 
 ZEROS = "sha256:" + "0" * 64
+MODEL = ("--model", ZEROS)
 
 
 @pytest.fixture
@@ -109,13 +113,23 @@ def test_disclose_writes_the_signed_records(
 ) -> None:
     out = tmp_path / "disclosures.json"
     asked = ("--record", f"{sealed}:3", "--record", f"{sealed}:19")
-    words = ("party", "disclose", "--home", home, "--plan", project.plan_path, *asked, "--out", out)
-    assert cli(*words, as_json=True).json == {"party": "ann", "disclosed": 2, "file": str(out)}
+    words = ("party", "disclose", "--home", home, "--plan", project.plan_path, *asked, *MODEL, "--out", out)
+    assert cli(*words, as_json=True).json == {
+        "party": "ann",
+        "disclosed": 2,
+        "file": str(out),
+        "readers": ["analyst"],
+    }
     key = load_identity(home).signer.public
+    reading = Reading("analyst", project.users["analyst"].reading_key())
     envelopes = msgspec.json.decode(out.read_bytes(), type=list[Envelope])
     with np.load(records) as archive:
         for envelope, row in zip(envelopes, (3, 19), strict=True):
-            disclosure = open_envelope(envelope, "disclosure", key, Disclosure, step="test")
+            sealed_one = open_envelope(envelope, "sealed-disclosure", key, SealedDisclosure, step="test")
+            opened = open_disclosure(sealed_one, reading)
+            disclosure = open_envelope(opened, "disclosure", key, Disclosure, step="test")
+            assert (disclosure.model, sealed_one.model) == (MODEL[1], MODEL[1])
+            assert archive["x_train"][row].tobytes() not in base64.b64decode(sealed_one.sealed)
             assert (disclosure.record_ref.shard, disclosure.record_ref.leaf) == (sealed, row)
             pixels, label = decode_record(project.plan.data, base64.b64decode(disclosure.record))
             assert (pixels[0] == archive["x_train"][row]).all()
@@ -139,10 +153,41 @@ def test_a_record_that_is_not_ours_is_not_disclosed(
 ) -> None:
     out = home / "disclosures.json"
     asked = ("--record", f"{sealed}:0", "--record", record.format(shard=sealed))
-    words = ("party", "disclose", "--home", home, "--plan", project.plan_path, *asked, "--out", out)
+    words = ("party", "disclose", "--home", home, "--plan", project.plan_path, *asked, *MODEL, "--out", out)
     shown = cli(*words, as_json=True)
     assert (shown.code, shown.error["code"]) == (17, code)
     assert not out.exists()
+
+
+def test_a_model_that_is_no_digest_is_named(
+    sealed: str, home: Path, project: Project, tmp_path: Path, cli: Cli
+) -> None:
+    words = ("party", "disclose", "--home", home, "--plan", project.plan_path, "--record", f"{sealed}:0")
+    shown = cli(*words, "--model", "the-best", "--out", tmp_path / "out.json", as_json=True)
+    assert (shown.code, shown.error["code"]) == (12, "digest.form")
+    assert not (tmp_path / "out.json").exists()
+
+
+def test_refusing_is_signed_and_shows_nothing(
+    sealed: str, home: Path, project: Project, records: Path, tmp_path: Path, cli: Cli
+) -> None:
+    out = tmp_path / "refusals.json"
+    words = ("party", "disclose", "--refuse", "--home", home, "--plan", project.plan_path, "--record", f"{sealed}:3")
+    shown = cli(*words, *MODEL, "--out", out, as_json=True).json
+    assert shown == {"party": "ann", "refused": 1, "file": str(out)}
+    (envelope,) = msgspec.json.decode(out.read_bytes(), type=list[Envelope])
+    said = open_envelope(envelope, "refusal", load_identity(home).signer.public, Refusal, step="test")
+    assert said == Refusal(record_ref=RecordRef("ann", sealed, 3), model=MODEL[1])
+
+
+def test_the_entry_of_a_reader_opens_what_is_sealed_to_it(home: Path, cli: Cli) -> None:
+    shown = cli("party", "reader", "--home", home, as_json=True).json
+    again = cli("party", "reader", "--home", home, as_json=True).json
+    assert shown == again
+    assert shown["name"] == "ann"
+    key = load_identity(home).reading_key()
+    assert key.unseal(seal_to(shown["encryption_key"], b"seen", info=b"x"), info=b"x", step="test") == b"seen"
+    assert load_identity(home).signer.public not in shown["encryption_key"]
 
 
 @pytest.mark.parametrize("what", ["party", "join"])
@@ -150,7 +195,7 @@ def test_a_folder_without_keys_is_refused(what: str, project: Project, tmp_path:
     plan = ("--plan", project.plan_path)
     words: tuple[str | Path, ...] = ("party", "join", "http://127.0.0.1:1", *plan, "--policy", project.policy_path)
     if what == "party":
-        words = ("party", "disclose", *plan, "--record", "x:1", "--out", tmp_path / "out")
+        words = ("party", "disclose", *plan, "--record", "x:1", *MODEL, "--out", tmp_path / "out")
     shown = cli(*words, "--home", tmp_path / "nobody", as_json=True)
     assert shown.code == 10
     assert shown.error["code"].startswith("identity.")

@@ -41,7 +41,7 @@ def test_new_makes_a_project_that_can_be_used_at_once(tmp_path: Path, cli: Cli) 
     plan = parse_plan((folder / "plan.toml").read_bytes())
     assert made.json == {"folder": str(folder), "plan": str(folder / "plan.toml"), "digest": plan.digest()}
     assert [party.name for party in plan.parties] == ["ann", "bob"]
-    assert [(user.name, user.may) for user in plan.users] == [("una", ("predict", "trace"))]
+    assert [(user.name, user.may) for user in plan.users] == [("una", ("predict", "trace", "verdict"))]
     for name in ("ann", "bob"):
         assert load_identity(folder / "parties" / name).signer.public == plan.party(name).public_key
     assert load_identity(folder / "users" / "una").signer.public == plan.user("una").public_key

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import base64
+import json
 import zipfile
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,26 +16,45 @@ import pytest
 import torch
 from PIL import Image
 
+from caltrain.attestation.evidence import Binding, Evidence, EvidenceBundle
 from caltrain.attestation.verify import Claims
-from caltrain.auditor.bundle import TraceBundle, Verified, verify_bundle
+from caltrain.auditor.bundle import TraceBundle, Verified, judge_bundle
 from caltrain.boundary.sealed import Answers, Neighbour, TraceStatement
-from caltrain.cli import files, query
+from caltrain.cli import files, query, verify
 from caltrain.client.ask import Answered
+from caltrain.crypto.dsse import SigningKey
 from caltrain.crypto.hpke import HpkePrivateKey
+from caltrain.enclave.run import State
+from caltrain.errors import AccessError
 from caltrain.models.network import build
 from caltrain.models.weights import encode_state, model_digest
+from caltrain.participant.disclose import disclose
+from caltrain.participant.identity import create_identity
 from caltrain.participant.receive import RunRecord
-from caltrain.plan import ManifestParty, ManifestShard, Plan, RunManifest
+from caltrain.plan import ManifestParty, ManifestShard, Plan, Reader, RunManifest
 from caltrain.project import Project
 from caltrain.records.commitment import RecordRef
-from caltrain.records.disclosure import Disclosure
-from support.bundles import disclosed, statement_of, traced_world
+from caltrain.records.disclosure import Disclosure, Refusal
+from caltrain.records.quarantine import Repair
+from support.bundles import INPUT, bundle_of, disclosed, statement_of, traced_world
 from support.commands import Cli
+from support.folders import identity_of, policy_of
+from support.repairs import FEW, entry, quarantine_of, repaired
 from support.samples import SHARD, signer
 from support.world import World
 
 INPUTS = np.arange(3 * 64, dtype=np.uint8).reshape(3, 1, 8, 8)
 RUN, DIGEST = "ab" * 16, "sha256:" + "0" * 64
+EVIDENCE = EvidenceBundle(
+    binding=Binding(
+        purpose="query",
+        encryption_key=HpkePrivateKey().public,
+        signing_key=signer("enclave").public,
+        plan=DIGEST,
+        nonce="0" * 64,
+    ),
+    evidence=Evidence(kind="simulated", blob=""),
+)
 SHARD_ENTRY = ManifestShard(shard=SHARD, root=DIGEST, records=20)
 
 
@@ -272,10 +293,21 @@ def answered(kind: str, count: int, *, simulated: bool = True) -> Answered:
             input_commitment=DIGEST,
             head=DIGEST,
             predicted=7,
+            any_label=False,
+            contributors=(),
             neighbours=tuple(
-                Neighbour(rank=rank, record=RecordRef(party, SHARD, index), distance=0.25, commitment=DIGEST)
+                Neighbour(
+                    rank=rank,
+                    record=RecordRef(party, SHARD, index),
+                    label=7,
+                    distance=0.25,
+                    commitment=DIGEST,
+                    unusual=0.97,
+                )
                 for rank, party in ((1, "birch"), (2, "alder"), (3, "birch"))
             ),
+            basis="held-out",
+            references=100,
             audit_rate=0.0,
             resumes=0,
             simulated=simulated,
@@ -285,6 +317,7 @@ def answered(kind: str, count: int, *, simulated: bool = True) -> Answered:
     scores = tuple((0.0,) * 7 + (0.9, 0.1, 0.0) for _ in range(count))
     return Answered(
         claims=Claims(kind="simulated", simulated=simulated, measurement="", report_data=b""),
+        evidence=EVIDENCE,
         answers=Answers(model=DIGEST, predicted=(7,) * count, scores=scores, budget_left=5),
         traces=statements,
         envelopes=tuple(signer("enclave").sign("trace", statement) for statement in statements),
@@ -328,8 +361,8 @@ def test_trace_names_the_records_behind_a_prediction(
     assert [trace["neighbours"][0]["record"]["leaf"] for trace in found["traces"]] == [*range(6)]
     text = cli("trace", tmp_path / "inputs.npy", *asking(project)).out
     assert text.count("simulated enclave") == named
-    assert "input 2: predicted 7; nearest: birch 2, alder 1\n" in text
-    assert f"1. birch --record {SHARD}:2 distance 0.25" in text
+    assert "inputs.npy:2: predicted 7; nearest: birch 2, alder 1\n" in text
+    assert f"1. birch --record {SHARD}:2 distance 0.25, as far or nearer: 97% of held-out queries\n" in text
     assert f"{SHARD}:3" not in text
     assert "the first 3 of 6; --out keeps all" in text
 
@@ -339,10 +372,124 @@ def test_traces_are_kept_before_anything_else_can_fail(
 ) -> None:
     shown = cli("trace", inputs, *asking(project), "--out", tmp_path / "out", as_json=True)
     assert (shown.code, shown.error["code"]) == (18, "host.unreachable")  # the bundles' other parts are the host's
-    kept = msgspec.json.decode((tmp_path / "out" / "traces.json").read_bytes(), type=list[TraceStatement])
-    assert [trace.index for trace in kept] == [0, 1, 2]
+    kept = json.loads((tmp_path / "out" / "traces.json").read_bytes())
+    assert [trace["index"] for trace in kept["traces"]] == [0, 1, 2]
+    assert kept["inputs"] == [f"{inputs}:{row}" for row in range(3)]
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["traces.json"]
     assert enclave["kind"] == "trace"
+
+
+# --- many inputs, in parts -------------------------------------------------------------------------------------------
+
+
+def folder_of_inputs(folder: Path) -> Path:
+    """Two pictures, two arrays and something else, by name."""
+    folder.mkdir()
+    np.save(folder / "b.npy", INPUTS[:2])
+    np.save(folder / "d.npy", INPUTS[2])
+    for name in ("a.png", "c.PNG"):
+        Image.fromarray(INPUTS[0, 0]).save(folder / name, format="png")
+    (folder / "notes.txt").write_text("not an input")
+    return folder
+
+
+def test_a_folder_is_asked_about_file_by_file_and_answers_keep_their_file(
+    project: Project, tmp_path: Path, enclave: dict[str, Any], cli: Cli
+) -> None:
+    folder = folder_of_inputs(tmp_path / "inputs")
+    found = cli("trace", folder, *asking(project), as_json=True).json
+    names = ["a.png", "b.npy:0", "b.npy:1", "c.PNG", "d.npy"]
+    assert found["inputs"] == [str(folder / name) for name in names]
+    assert (enclave["inputs"] == INPUTS[[0, 0, 1, 0, 2]]).all()
+    again = cli("trace", folder / "d.npy", folder / "b.npy", *asking(project), as_json=True).json
+    assert again["inputs"] == [str(folder / name) for name in ("d.npy", "b.npy:0", "b.npy:1")]
+
+
+def test_a_folder_without_inputs_is_named(project: Project, tmp_path: Path, cli: Cli) -> None:
+    (tmp_path / "notes.txt").write_text("nothing")
+    shown = cli("trace", tmp_path, *asking(project), as_json=True)
+    assert (shown.code, shown.error["code"]) == (11, "input.none")
+
+
+def test_inputs_of_different_kinds_are_refused_before_anything_is_asked(
+    project: Project, tmp_path: Path, enclave: dict[str, Any], cli: Cli
+) -> None:
+    folder = folder_of_inputs(tmp_path / "inputs")
+    np.save(folder / "e.npy", INPUTS.astype(np.float32))
+    shown = cli("trace", folder, *asking(project), as_json=True)
+    assert (shown.code, shown.error["code"]) == (11, "input.mixed")
+    assert "kind" not in enclave
+
+
+@pytest.fixture
+def parts(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Two inputs a question. How many each question held; what is below 0 in it fails instead."""
+    sizes: list[int] = []
+    monkeypatch.setattr(query, "most_at_once", lambda _: 2)
+    return sizes
+
+
+def in_parts(monkeypatch: pytest.MonkeyPatch, sizes: list[int], *, fails_at: int = 99) -> None:
+    def ask(_host: object, _plan: Plan, _policy: object, **options: Any) -> Answered:
+        if len(sizes) == fails_at:
+            raise AccessError("user.too-fast", "too fast", step="query", fix="Ask again in 9 seconds.")
+        sizes.append(len(options["inputs"]))
+        return answered("trace", len(options["inputs"]))
+
+    monkeypatch.setattr(query, "ask", ask)
+
+
+def test_more_than_one_question_holds_are_asked_in_parts(
+    project: Project, inputs: Path, tmp_path: Path, parts: list[int], cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_parts(monkeypatch, parts)
+    np.save(tmp_path / "five.npy", np.concatenate([INPUTS, INPUTS[:2]]))
+    found = cli("trace", tmp_path / "five.npy", *asking(project), as_json=True).json
+    assert parts == [2, 2, 1]
+    assert (found["traced"], len(found["traces"]), len(found["inputs"])) == (5, 5, 5)
+    assert [trace["index"] for trace in found["traces"]] == [0, 1, 0, 1, 0]
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_what_was_answered_before_a_part_failed_is_not_lost(
+    kept: bool,
+    project: Project,
+    tmp_path: Path,
+    parts: list[int],
+    cli: Cli,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    in_parts(monkeypatch, parts, fails_at=2)
+    np.save(tmp_path / "five.npy", np.concatenate([INPUTS, INPUTS[:2]]))
+    options = ("--out", tmp_path / "out") if kept else ()
+    shown = cli("trace", tmp_path / "five.npy", *asking(project), *options)
+    assert shown.code == 16
+    assert "Ask again in 9 seconds." in shown.err
+    assert shown.out.count("predicted 7") == (3 if kept else 4)
+    if kept:
+        left = json.loads((tmp_path / "out" / "traces.json").read_bytes())
+        assert left["inputs"] == [f"{tmp_path / 'five.npy'}:{row}" for row in range(4)]
+        assert len(left["traces"]) == 4
+
+
+def test_filters_are_asked_for(project: Project, inputs: Path, enclave: dict[str, Any], cli: Cli) -> None:
+    cli("trace", inputs, *asking(project), as_json=True)
+    assert (enclave["any_label"], list(enclave["contributors"])) == (False, [])
+    words = ("--any-label", "--contributor", "alder", "--contributor", "birch")
+    cli("trace", inputs, *asking(project), *words, as_json=True)
+    assert (enclave["any_label"], list(enclave["contributors"])) == (True, ["alder", "birch"])
+
+
+def test_a_trace_without_neighbours_and_one_of_any_class_say_so(project: Project, capsys: Any) -> None:
+    (full,) = answered("trace", 1).traces
+    for n in ("any", "none"):
+        changes: dict[str, Any] = {"any_label": True} if n == "any" else {"neighbours": ()}
+        statement = msgspec.structs.replace(full, **changes)
+        traced = query._Traced("one.npy", statement, answered("trace", 1).envelopes[0], EVIDENCE)
+        query._say_traces([traced], project.plan, all_of_them=False)
+    out = capsys.readouterr().out
+    assert f"--record {SHARD}:0 7 distance 0.25" in out
+    assert "one.npy: predicted 7; nearest: no record counts" in out
 
 
 # --- verify ---------------------------------------------------------------------------------------------------------
@@ -369,14 +516,19 @@ def test_verify_says_what_a_bundle_proves(traced: tuple[World, TraceBundle], bun
         "run": world.run.vault.run,
         "model": world.run.model_digest,
         "predicted": world.plan.data.classes[trace.predicted],
+        "input": None,
+        "outcomes": {f"{r.party}/{r.shard}/{r.leaf}": "undisclosed" for r in (n.record for n in trace.neighbours)},
         "neighbours": [f"{n.rank}: {n.record.party}" for n in trace.neighbours],
         "disclosed": 0,
         "undisclosed": len(trace.neighbours),
         "events": len(found.chain),
         "head": head,
         "simulated": True,
+        "evidence": "not appraised",
         "center_audited": False,
         "front_public": False,
+        "repair": None,
+        "left_out": [],
     }
     text = cli("verify", bundle, "--plan-digest", world.plan.digest()).out
     assert text.count("simulated enclave") == 1
@@ -387,13 +539,43 @@ def test_verify_says_what_a_bundle_proves(traced: tuple[World, TraceBundle], bun
 def test_verify_says_that_the_front_net_is_no_secret(
     traced: tuple[World, TraceBundle], bundle: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def public(found: TraceBundle, *, plan_digest: str, head: str | None) -> Verified:
-        return msgspec.structs.replace(verify_bundle(found, plan_digest=plan_digest, head=head), front_public=True)
+    def public(found: TraceBundle, **anchors: Any) -> Verified:
+        return msgspec.structs.replace(judge_bundle(found, **anchors), front_public=True)
 
-    monkeypatch.setattr("caltrain.cli.query.verify_bundle", public)
+    monkeypatch.setattr("caltrain.cli.verify.judge_bundle", public)
     words = ("verify", bundle, "--plan-digest", traced[0].plan.digest())
     assert cli(*words).out.count("training began from public weights: the FrontNet is no secret") == 1
     assert cli(*words, as_json=True).json["front_public"] is True
+
+
+@cache
+def mended() -> tuple[World, TraceBundle]:
+    """A run that left out some records, and a bundle of it."""
+    world = repaired(epochs=1).run_to(State.LINKED)
+    return world, bundle_of(world)
+
+
+def test_verify_shows_that_a_record_was_left_out(tmp_path: Path, cli: Cli) -> None:
+    world, found = mended()
+    (tmp_path / "bundle.json").write_bytes(msgspec.json.encode(found))
+    (tmp_path / "list.json").write_bytes(quarantine_of(world).encode())
+    words = ("verify", tmp_path / "bundle.json", "--plan-digest", world.plan.digest())
+    repair = world.plan.repair
+    assert repair
+    assert msgspec.convert(cli(*words, as_json=True).json["repair"], Repair) == repair
+    assert repair.in_words() in cli(*words).out
+    out, used = (entry(world, place).commitment for place in (FEW[0], ("alpha", 0, 0)))
+    given = (*words, "--quarantine", tmp_path / "list.json")
+    assert cli(*given, as_json=True).json["left_out"] == []
+    assert cli(*given, "--left-out", out, as_json=True).json["left_out"] == [out]
+    assert f"not used: the record with the commitment {out}" in cli(*given, "--left-out", out).out
+    shown = cli(*given, "--left-out", out, "--left-out", used, as_json=True)
+    assert (shown.code, shown.error["code"]) == (17, "quarantine.not-listed")
+    shown = cli(*words, "--left-out", out, as_json=True)
+    assert (shown.code, shown.error["code"]) == (10, "option.missing")
+    (tmp_path / "list.json").write_bytes(quarantine_of(world, FEW[:3]).encode())
+    shown = cli(*given, as_json=True)
+    assert (shown.code, shown.error["code"]) == (12, "quarantine.other-list")
 
 
 def test_verify_counts_what_was_disclosed(
@@ -422,6 +604,77 @@ def test_verify_refuses_a_substituted_record(
     path.write_bytes(msgspec.json.encode([disclosed(world, reference, record=bytes(forged))]))
     shown = cli("verify", bundle, "--plan-digest", world.plan.digest(), "--disclosures", path, as_json=True)
     assert (shown.code, shown.error["code"]) == (17, "disclosure.substituted")
+
+
+def test_verify_appraises_the_evidence_with_a_policy(
+    traced: tuple[World, TraceBundle], bundle: Path, tmp_path: Path, cli: Cli
+) -> None:
+    world = traced[0]
+    words = ("verify", bundle, "--plan-digest", world.plan.digest())
+    assert "was not appraised" in cli(*words).out
+    accepted, other = policy_of(world), SigningKey().public
+    for roots, code in ((accepted.simulated_roots, 0), ((other,), 13)):
+        policy = msgspec.structs.replace(accepted, simulated_roots=roots)
+        (tmp_path / "policy.toml").write_bytes(msgspec.toml.encode(policy))
+        shown = cli(*words, "--policy", tmp_path / "policy.toml", as_json=True)
+        assert shown.code == code
+        if not code:
+            assert shown.json["evidence"] == "accepted"
+            assert "appraised" not in cli(*words, "--policy", tmp_path / "policy.toml").out
+
+
+def test_verify_checks_the_input_that_a_user_shows(
+    traced: tuple[World, TraceBundle], bundle: Path, tmp_path: Path, cli: Cli
+) -> None:
+    words = ("verify", bundle, "--plan-digest", traced[0].plan.digest(), "--input", tmp_path / "shown.npy")
+    np.save(tmp_path / "shown.npy", np.concatenate([INPUT[:, :, ::-1], INPUT]))
+    assert cli(*words, as_json=True).json["input"] == 1
+    np.save(tmp_path / "shown.npy", INPUT[:, :, ::-1])
+    shown = cli(*words, as_json=True)
+    assert (shown.code, shown.error["code"]) == (17, "bundle.other-input")
+
+
+def test_verify_says_for_each_record_what_was_decided_though_one_is_false(
+    traced: tuple[World, TraceBundle], bundle: Path, tmp_path: Path, cli: Cli
+) -> None:
+    world, found = traced
+    named = [n.record for n in statement_of(found).neighbours]
+    other = world.parties[named[0].party].shards[0].records[0][::-1]
+    refusal = Refusal(record_ref=named[1], model=world.run.model_digest)
+    answers = [
+        disclosed(world, named[0], record=other),
+        world.parties[named[1].party].signer.sign("refusal", refusal),
+        disclosed(world, named[2]),
+    ]
+    (tmp_path / "answers.json").write_bytes(msgspec.json.encode(answers))
+    words = ("verify", bundle, "--plan-digest", world.plan.digest(), "--disclosures", tmp_path / "answers.json")
+    shown = cli(*words)
+    assert shown.code == 17
+    for rank, outcome in enumerate(("substituted", "refused", "disclosed", "undisclosed"), 1):
+        assert f"{rank}. {verify._place(named[rank - 1])}: {outcome}\n" in shown.out
+
+
+def test_verify_opens_what_is_disclosed_to_its_reader(tmp_path: Path, cli: Cli) -> None:
+    reader = create_identity(tmp_path / "una", "una")
+    create_identity(tmp_path / "eve", "eve")
+    entry = Reader(name="una", encryption_key=reader.reading_key().public)
+    world, found = traced_world(
+        change=lambda plan: msgspec.structs.replace(
+            plan, trace=msgspec.structs.replace(plan.trace, disclose_to=(entry,))
+        )
+    )
+    (tmp_path / "bundle.json").write_bytes(msgspec.json.encode(found))
+    named = statement_of(found).neighbours[0].record
+    owner = identity_of(world.parties[named.party], tmp_path / "owner")
+    envelope, _ = disclose(owner, world.plan, named, model=world.run.model_digest)
+    (tmp_path / "answers.json").write_bytes(msgspec.json.encode([envelope]))
+    files = (tmp_path / "bundle.json", "--disclosures", tmp_path / "answers.json")
+    words = ("verify", *files, "--plan-digest", world.plan.digest())
+    place = verify._place(named)
+    assert cli(*words, as_json=True).json["outcomes"][place] == "sealed"
+    assert cli(*words, "--home", tmp_path / "una", as_json=True).json["outcomes"][place] == "disclosed"
+    shown = cli(*words, "--home", tmp_path / "eve", as_json=True)
+    assert (shown.code, shown.error["code"]) == (16, "disclosure.not-for-you")
 
 
 def test_verify_refuses_another_plan_and_another_head(

@@ -65,6 +65,7 @@ def test_serve_passes_on_what_is_asked_for(project: Project, tmp_path: Path, ser
         (("--device", "tpu"), "usage.refused"),
         (("--wheel", "w.whl"), "given.not-named"),
         (("--initial", "w.safetensors"), "given.not-named"),
+        (("--quarantine", "list.json"), "given.not-named"),
     ],
 )
 def test_what_does_not_fit_is_refused_and_nothing_is_served(

@@ -30,6 +30,7 @@ from caltrain.crypto.dsse import MAX_ENVELOPE_BYTES, Envelope, SigningKey, open_
 from caltrain.enclave.run import State
 from caltrain.errors import AccessError, AttestationError, CaltrainError, DataError, IntegrityError, ProtocolError
 from caltrain.plan import Plan, Right
+from caltrain.provenance.verdict import SuspectRecords, VerdictStatement, inputs_root
 from support.folders import policy_of
 from support.members import Pixels
 from support.samples import refused
@@ -43,7 +44,7 @@ QUERY = "/v1/users/una/query"
 
 
 class Asking:
-    """Una, who may predict and trace."""
+    """Una, who may ask everything."""
 
     def __init__(self, world: World) -> None:
         self.world, self.host = world, ScriptedHost(world)
@@ -112,6 +113,12 @@ def test_a_trace_is_signed_and_of_this_very_input(asking: Asking) -> None:
         assert trace.index == index
         assert trace.input_commitment == input_commitment(trace.nonce, inputs[index])
         assert len(trace.neighbours) > 0
+
+
+def test_the_evidence_is_kept_for_a_dispute(asking: Asking) -> None:
+    answered = asking.ask("trace", pictures(1, seed=2))
+    assert answered.evidence.binding.nonce == answered.traces[0].nonce
+    assert answered.evidence.binding.signing_key == asking.world.manifest.enclave_signing_key
 
 
 def test_what_crosses_holds_no_input(asking: Asking) -> None:
@@ -300,6 +307,14 @@ class Forger:
         changed = (signer or signing).sign("trace", msgspec.structs.replace(trace, **changes))
         return msgspec.structs.replace(answers, traces=(answers.traces[0], changed, *answers.traces[2:]))
 
+    def rejudged(self, answers: Answers, *, signer: SigningKey | None = None, **changes: Any) -> Answers:
+        """The answers with the verdict changed and signed anew."""
+        signing, envelope = self.world.run.vault.signing, answers.verdict
+        assert envelope is not None
+        verdict = open_envelope(envelope, "verdict", signing.public, VerdictStatement, step="test")
+        changed = (signer or signing).sign("verdict", msgspec.structs.replace(verdict, **changes))
+        return msgspec.structs.replace(answers, verdict=changed)
+
 
 def says(**changes: Any) -> Callable[[Answers, Forger], Answers]:
     """Answers with other fields."""
@@ -309,6 +324,11 @@ def says(**changes: Any) -> Callable[[Answers, Forger], Answers]:
 def retraced(**changes: Any) -> Callable[[Answers, Forger], Answers]:
     """Answers with another second trace."""
     return lambda answers, forger: forger.retraced(answers, **changes)
+
+
+def rejudged(**changes: Any) -> Callable[[Answers, Forger], Answers]:
+    """Answers with another verdict."""
+    return lambda answers, forger: forger.rejudged(answers, **changes)
 
 
 ANSWERS: dict[str, tuple[Callable[[Answers, Forger], Answers], str]] = {
@@ -334,6 +354,8 @@ ANSWERS: dict[str, tuple[Callable[[Answers, Forger], Answers], str]] = {
     "with a trace of another input": (retraced(input_commitment=OTHER), "answer.mismatch"),
     "with a trace of another place": (retraced(index=2), "answer.mismatch"),
     "with a trace of another class": (retraced(predicted=99), "answer.mismatch"),
+    "with a trace of any class": (retraced(any_label=True), "answer.mismatch"),
+    "with a trace of one contributor": (retraced(contributors=("beta",)), "answer.mismatch"),
     "with a trace that somebody else signed": (retraced(signer=SigningKey()), "signature.invalid"),
 }
 
@@ -343,6 +365,41 @@ def test_an_answer_that_does_not_fit_its_question_is_refused(asking: Asking, wha
     change, code = ANSWERS[what]
     Forger(asking, change).watch().install()
     asking.refused(IntegrityError, code, requests=2)
+
+
+MISSHAPEN = SuspectRecords(party="alpha", shard="0" * 32, leaves=(1, 2), commitments="AAAA")
+VERDICTS: dict[str, tuple[Callable[[Answers, Forger], Answers], str]] = {
+    "without a verdict": (says(verdict=None), "answer.mismatch"),
+    "with traces besides": (says(traces=(SigningKey().sign("trace", {}),)), "signature.invalid"),
+    "for fewer inputs": (says(predicted=(0, 1)), "answer.mismatch"),
+    "with a verdict on other predictions": (rejudged(predicted=(9, 9, 9)), "answer.mismatch"),
+    "with a verdict of another model": (rejudged(model=OTHER), "answer.mismatch"),
+    "with a verdict for another user": (rejudged(user="pat"), "answer.mismatch"),
+    "with a verdict for another nonce": (rejudged(nonce="ab" * 32), "answer.mismatch"),
+    "with a verdict on more inputs": (rejudged(inputs=4), "answer.mismatch"),
+    "with a kind too few": (rejudged(kinds=("hard", "hard")), "answer.mismatch"),
+    "with a verdict on other inputs": (rejudged(input_commitment=OTHER), "answer.mismatch"),
+    "with records that cannot be read": (rejudged(suspects=(MISSHAPEN,)), "verdict.malformed"),
+    "with a verdict that somebody else signed": (rejudged(signer=SigningKey()), "signature.invalid"),
+}
+
+
+@pytest.mark.parametrize("what", VERDICTS)
+def test_a_verdict_that_does_not_fit_its_question_is_refused(asking: Asking, what: str) -> None:
+    change, code = VERDICTS[what]
+    Forger(asking, change).watch().install()
+    asking.refused(IntegrityError, code, requests=2, kind="verdict")
+
+
+def test_a_verdict_is_signed_and_on_these_very_inputs(asking: Asking) -> None:
+    Forger(asking, lambda answers, _: answers).watch().install()
+    inputs = pictures(3, seed=9)
+    answered = asking.ask("verdict", inputs)
+    (verdict,), (envelope,) = answered.verdicts, answered.envelopes
+    key = asking.world.manifest.enclave_signing_key
+    assert open_envelope(envelope, "verdict", key, VerdictStatement, step="test") == verdict
+    assert verdict.input_commitment == inputs_root(input_commitment(verdict.nonce, x) for x in inputs)
+    assert (answered.traces, answered.answers.traces) == ((), ())
 
 
 def test_traces_to_a_prediction_are_refused(asking: Asking) -> None:

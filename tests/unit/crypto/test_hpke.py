@@ -87,3 +87,13 @@ def test_what_is_no_key_is_refused(public: str) -> None:
 def test_what_does_not_look_like_a_key_is_refused_in_a_message(text: str) -> None:
     with pytest.raises(msgspec.ValidationError):
         msgspec.convert(text, HpkePublicKey)
+
+
+def test_a_key_from_a_secret_is_always_the_same_and_no_other() -> None:
+    one, again, other = (HpkePrivateKey(secret) for secret in (bytes(32), bytes(32), b"1" * 32))
+    assert one.public == again.public
+    assert len({one.public, other.public, HpkePrivateKey().public, HpkePrivateKey().public}) == 4
+    sealed = seal_to(one.public, b"seen", info=b"info")
+    assert again.unseal(sealed, info=b"info", step="test") == b"seen"
+    with pytest.raises(IntegrityError):
+        other.unseal(sealed, info=b"info", step="test")

@@ -249,7 +249,9 @@ def as_tensors(inputs: Pixels) -> Any:
 
 
 def coarse(plan: Plan) -> Plan:
-    return msgspec.structs.replace(plan, trace=msgspec.structs.replace(plan.trace, neighbours=4, distance_step=0.03))
+    return msgspec.structs.replace(
+        plan, trace=msgspec.structs.replace(plan.trace, neighbours=4, distance_step=0.03, distance_floor=0)
+    )
 
 
 @pytest.mark.parametrize("batch", [256, 2])
@@ -279,7 +281,7 @@ def test_a_trace_says_of_which_input_run_model_and_user_it_is() -> None:
     nonce = asked.bundle.binding.nonce
     before = world.chain()[-2]  # the last event is that of this question
     for index, trace in enumerate(traces(world, given)):
-        assert msgspec.structs.replace(trace, neighbours=()) == TraceStatement(
+        assert msgspec.structs.replace(trace, neighbours=(), references=0) == TraceStatement(
             run=world.run.vault.run,
             model=world.run.model_digest,
             user="una",
@@ -288,7 +290,11 @@ def test_a_trace_says_of_which_input_run_model_and_user_it_is() -> None:
             input_commitment=digest("input/v1", bytes.fromhex(nonce), INPUTS[index].tobytes()),
             head=before.digest(),
             predicted=given.predicted[index],
+            any_label=False,
+            contributors=(),
             neighbours=(),
+            basis="leave-one-out",
+            references=0,
             audit_rate=0.0,
             resumes=0,
             simulated=True,

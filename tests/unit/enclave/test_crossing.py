@@ -23,7 +23,7 @@ from caltrain.provenance.chain import EventKind
 from caltrain.training.spec import Augment
 from caltrain.training.zone import Zone
 from support.tiny import CLASSES, pictures
-from support.watched import Seen, Watched, failure, life, object_of
+from support.watched import Seen, Watched, failure, life, object_of, repair
 from support.world import World
 
 DOCUMENT = Path(__file__).parents[3] / "docs" / "crossing.md"
@@ -33,7 +33,7 @@ BOTH: dict[str, str] = {
     "agreement": "answer bundle, answer signed, event plan, event approval, event provision, event manifest, "
     "event countersignature",
     "ingest": "read shards, write pool, write held-out, tell ingest, answer ignored, answer center_seed, answer at, "
-    "answer front, event ingest",
+    "answer front, event ingest, read quarantine, event repair",
     "assessment": "ask commit, ask show, read center-state, read pool, answer signed, answer sealed, answer due, "
     "answer state, event assess, event vote",
     "training": "read pool, write pool, read pool-cells, write pool-cells, tensor ir, tensor ir-grad, tell train, "
@@ -44,9 +44,10 @@ BOTH: dict[str, str] = {
     "cut": "ask commit, ask show, read center-state, write center-moved, answer at, answer front, event cut",
     "resume": "read checkpoint, read chain.jsonl, answer at, answer center_seed, answer front, answer state, "
     "event resume",
-    "release": "ask commit, ask show, read center-state, answer sealed, answer signed, event release",
-    "link": "read pool, write linkage, read linkage, tell link, answer sealed, answer signed, event link",
-    "questions": "answer sealed, event query, event disclosure",
+    "hunt": "ask commit, ask show, read center-state, read pool, tell hunt, answer sealed, event hunt",
+    "release": "answer sealed, answer signed, event release",
+    "link": "read held-out, write linkage, read linkage, answer signed, event link",
+    "questions": "answer sealed, read pool, event query, event disclosure",
     "failure": "answer error, event stopped",
 }
 OWN: dict[str, dict[str, str]] = {
@@ -59,6 +60,7 @@ BODIES: dict[EventKind, set[str]] = {
     "provision": {"party", "key_id", "shards"},
     "manifest": {"manifest", "records"},
     "countersignature": {"party"},
+    "repair": {"run", "model", "quarantine", "records", "without"},
     "ingest": {"records", "ignored"},
     "epoch": {"epoch", "loss", "records", "held_out", "top1", "top2"},
     "assess": {"epoch", "front", "model", "least", "statement"},
@@ -68,6 +70,7 @@ BODIES: dict[EventKind, set[str]] = {
     "checkpoint": {"state", "sealed", "size", "epoch", "step", "front", "center"},
     "resume": {"at", "parties"},
     "stopped": {"state", "code"},
+    "hunt": {"model", "records", "scans"},
     "release": {"model", "audit_rate", "seed_revealed"},
     "link": {"model", "records", "statement"},
     "query": {"user", "kind", "inputs", "model", "answer"},
@@ -86,9 +89,9 @@ def listed(form: str) -> Names:
 
 
 def observed(form: str) -> list[Seen]:
-    """What crossed in a whole life of a run and in one that stopped."""
+    """What crossed in a whole life of a run, where a repair begins, and in a run that stopped."""
     stopped = [seen for seen in failure(FORMS[form]).seen if seen.phase == "failure"]
-    return life(FORMS[form]).seen + stopped
+    return life(FORMS[form]).seen + repair(FORMS[form]).seen + stopped
 
 
 # --- the table ---------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from caltrain.boundary import messages as m
 from caltrain.boundary.sealed import SuspicionReport, open_for
 from caltrain.crypto.digests import canonical_json, digest, to_text
 from caltrain.crypto.merkle import merkle_root
-from caltrain.enclave import pool, release
+from caltrain.enclave import hunt, pool, release
 from caltrain.enclave.run import State, present
 from caltrain.errors import IntegrityError
 from caltrain.models.weights import state_of
@@ -36,6 +36,7 @@ def test_the_link_names_the_model_and_commits_to_every_record() -> None:
         audit_rate=0.0,
         resumes=0,
         simulated=True,
+        repair=None,
     )
     assert world.chain()[-1].body == {
         "model": world.run.model_digest,
@@ -49,7 +50,7 @@ def test_every_record_is_linked_by_its_own_fingerprint_and_label(small: bool, mo
     if small:  # the last block is a lone row, and there are five parts
         shape = classmethod(lambda cls, records, size: cls(records, size, 2, 6))
         monkeypatch.setattr(pool.PoolShape, "fit", shape)
-        monkeypatch.setattr(release, "_LINK_BATCH", 2)
+        monkeypatch.setattr(hunt, "_BATCH", 2)
         monkeypatch.setattr(release, "_SEGMENT", 10)
     world = World().run_to(State.LINKED)
     known = {k.reference: k for k in known_records(world, released_model(world))}
@@ -96,7 +97,7 @@ def test_a_party_learns_how_suspicious_its_own_records_are_and_nothing_of_the_ot
     for party in world.parties.values():
         report = suspicion(world, party.name, party.data_key)
         assert report.model == world.run.model_digest
-        assert set(report.scores) == {shard.header.shard for shard in party.shards}
+        assert set(report.scores["disagreement"]) == {shard.header.shard for shard in party.shards}
         for shard in party.shards:
             own = [expected[party.name, shard.header.shard, leaf] for leaf in range(len(shard.records))]
             np.testing.assert_allclose(np.array(report.of(shard.header.shard)) / 1000, own, atol=2e-3)
@@ -119,11 +120,11 @@ def test_a_single_record_has_no_neighbours_and_is_not_suspicious() -> None:
 
 
 @pytest.mark.parametrize("position", [0, 20, -1])
-def test_a_pool_that_is_changed_before_the_link_stops_the_run(position: int) -> None:
-    world = World().run_to(State.RELEASED)
+def test_a_pool_that_is_changed_before_the_hunt_stops_the_run(position: int) -> None:
+    world = World().run_to(State.TRAINED)
     world.host.storage["pool-0"][position] ^= 1
-    world.refused(m.Link(), "sealed.not-authentic")
-    assert world.run.linkage is None
+    world.refused(m.Hunt(), "sealed.not-authentic")
+    assert world.run.passed is None
 
 
 @pytest.mark.parametrize("name", ["linkage-0-0", "linkage-0-0-rows"])
@@ -142,8 +143,8 @@ def test_a_host_that_loses_the_links_while_they_are_written_is_noticed_at_once(n
         assert isinstance(reply, m.Done)
 
 
-def test_progress_of_the_link_is_told_up_to_all_records() -> None:
+def test_progress_of_the_hunt_is_told_up_to_all_records() -> None:
     world = World().run_to(State.LINKED)
     world.host.serve()
-    told = [c.message for c in world.host.log if isinstance(c.message, m.Progress) and c.message.phase == "link"]
+    told = [c.message for c in world.host.log if isinstance(c.message, m.Progress) and c.message.phase == "hunt"]
     assert [(p.done, p.total) for p in told] == [(27, 27)]

@@ -82,6 +82,7 @@ def test_the_statement_names_run_plan_manifest_and_model() -> None:
         audit_rate=0.0,
         resumes=0,
         simulated=True,
+        repair=None,
     )
 
 

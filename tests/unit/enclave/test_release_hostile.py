@@ -1,4 +1,4 @@
-"""A host that gives another CenterNet at the release, and a model that must not leave."""
+"""A host that gives another CenterNet before the release, and a model that must not leave."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ Weights = dict[str, torch.Tensor]
 
 
 def refused(world: World, code: str) -> None:
-    """The release stops, and there is no model; from the last checkpoint the run can still be released."""
-    world.refused(m.Release(), code)
+    """The hunt stops, and there is no model; from the last checkpoint the run can still be hunted and released."""
+    world.refused(m.Hunt(), code)
     assert world.run.model is None
     assert world.run.model_digest == ""
     recovers(world)
@@ -132,13 +132,13 @@ COMMITTED: dict[str, Callable[[World, Weights], Weights]] = {
 @pytest.mark.parametrize("name", COMMITTED)
 def test_a_center_that_does_not_fit_is_refused_even_where_the_host_committed_to_it(name: str) -> None:
     world = committed_to(COMMITTED[name])
-    world.refused(m.Release(), "weights.malformed")
+    world.refused(m.Hunt(), "weights.malformed")
     assert world.run.model is None
 
 
 def test_the_same_way_round_an_honest_center_is_taken() -> None:
     world = committed_to(lambda _world, state: state)
-    world.done(m.Release())
+    world.done(m.Hunt())
 
 
 @pytest.mark.parametrize("zone", ["front", "head"])
@@ -149,8 +149,7 @@ def test_inner_weights_that_are_not_finite_are_not_released(zone: str) -> None:
     refused(world, "weights.malformed")
 
 
-def test_a_finite_center_that_overflows_is_not_linked() -> None:
+def test_a_finite_center_that_overflows_is_not_released() -> None:
     world = committed_to(lambda _world, state: state | {"2.conv.weight": torch.full((4, 4, 3, 3), 3e38)})
-    world.done(m.Release())
-    world.refused(m.Link(), "link.not-finite")
-    assert world.run.linkage is None
+    world.refused(m.Hunt(), "hunt.not-finite")
+    assert world.run.passed is None

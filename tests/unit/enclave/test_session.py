@@ -39,6 +39,7 @@ SAMPLES: dict[type, m.Request] = {
     m.MoveCut: m.MoveCut(3),
     m.Resume: m.Resume(b"{}", "checkpoint-0"),
     m.Rejoin: m.Rejoin("alpha", ENVELOPE),
+    m.Hunt: m.Hunt(),
     m.Release: m.Release(),
     m.Link: m.Link(),
     m.Query: m.Query("una", ENVELOPE),
@@ -59,7 +60,8 @@ ACCEPTED: dict[tuple[State, type], set[State]] = {
     (State.READY, m.Assess): {State.READY, State.ASSESSING},
     (State.ASSESSING, m.Vote): {State.ASSESSING, State.READY},
     (State.READY, m.MoveCut): {State.READY},
-    (State.TRAINED, m.Release): {State.RELEASED},
+    (State.TRAINED, m.Hunt): {State.HUNTED},
+    (State.HUNTED, m.Release): {State.RELEASED},
     (State.RELEASED, m.Link): {State.LINKED},
     (State.LINKED, m.Attest): {State.LINKED},
     (State.LINKED, m.Query): {State.LINKED},
@@ -130,7 +132,7 @@ def test_the_chain_of_a_whole_run_verifies_and_names_every_step(head: int) -> No
     assert [event.kind for event in events] == [
         *("plan", *["approval"] * many, *["provision"] * many, "manifest", *["countersignature"] * many),
         *("checkpoint", "ingest", "checkpoint", "epoch", "checkpoint", "epoch", "checkpoint"),
-        *("release", "link", "query", "disclosure"),
+        *("hunt", "release", "link", "query", "disclosure"),
     ]
     assert events[-1].digest() == world.run.chain.head
     bodies = {event.kind: event.body for event in events}
@@ -138,7 +140,8 @@ def test_the_chain_of_a_whole_run_verifies_and_names_every_step(head: int) -> No
     assert bodies["plan"] == {"plan": world.plan.digest(), "form": form, "simulated": True}
     assert bodies["manifest"] == {"manifest": world.manifest.digest(), "records": 27}
     assert bodies["ingest"] == {"records": 27, "ignored": 0}
-    assert bodies["release"]["model"] == bodies["link"]["model"] == bodies["query"]["model"] == world.run.model_digest
+    named = {bodies[kind]["model"] for kind in ("hunt", "release", "link", "query")}
+    assert named == {world.run.model_digest}
     assert bodies["disclosure"] == {"party": "beta", "commitment": to_text(shard.commitment(0))}
 
 

@@ -15,11 +15,11 @@ from caltrain.errors import EnvironmentFault
 from caltrain.host.api import ARTIFACTS, MAX_NOTE, create_app
 from caltrain.host.conductor import Conductor
 from caltrain.host.store import Store
-from caltrain.plan import PlanApproval
+from caltrain.plan import Plan, PlanApproval
 from support.asgi import call, get, post
 from support.disk import files_end_at, tree
 from support.members import Member
-from support.world import World, pictures
+from support.world import Change, World, pictures
 from support.world_enclave import WorldEnclave, attach
 
 NONCE = "ab" * 32
@@ -28,8 +28,8 @@ NONCE = "ab" * 32
 class Site:
     """The application, a conductor that nobody set going, and a world's enclave behind it."""
 
-    def __init__(self, folder: Path, *, budget: int = 20) -> None:
-        self.world = World(budget=budget)
+    def __init__(self, folder: Path, *, budget: int = 20, change: Change = lambda plan: plan) -> None:
+        self.world = World(budget=budget, change=change)
         self.conductor = Conductor(self.world.plan, Store(folder), root_secret=bytes(32), auto_start=True)
         self.app = create_app(self.conductor)
         self.enclave: WorldEnclave = attach(self.conductor, self.world)
@@ -293,6 +293,19 @@ def test_a_user_asks_until_the_budget_is_spent(tmp_path: Path) -> None:
     got = post(site.app, "/v1/users/una/query", again.envelope)
     got.refused(429, "user.budget-spent")
     assert got.headers["retry-after"]
+
+
+def test_a_user_who_asks_too_fast_is_told_when_to_come_again(tmp_path: Path) -> None:
+    def paced(plan: Plan) -> Plan:
+        return msgspec.structs.replace(
+            plan, users=tuple(msgspec.structs.replace(user, per_hour=1) for user in plan.users)
+        )
+
+    site = Site(tmp_path, change=paced).run_to(State.LINKED)
+    asked = [site.world.question("predict", pictures(1, seed=5)) for _ in range(2)]
+    assert post(site.app, "/v1/users/una/query", asked[0].envelope).status == 200
+    told = post(site.app, "/v1/users/una/query", asked[1].envelope).refused(429, "user.too-fast")
+    assert told["fix"].startswith("Ask again in 3")
 
 
 def test_a_party_notes_a_disclosure_in_the_chain(site: Site) -> None:

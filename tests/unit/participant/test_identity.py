@@ -12,6 +12,8 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from caltrain.crypto.hpke import HpkePrivateKey
+from caltrain.crypto.kdf import derive
 from caltrain.errors import ConfigError, EnvironmentFault
 from caltrain.participant.identity import create_identity, load_identity
 from support.disk import files_end_at, tree
@@ -128,3 +130,11 @@ def test_a_data_key_of_another_length_is_refused(tmp_path: Path) -> None:
     (tmp_path / "secrets.json").write_bytes(text(signing_key=signing, data_key=SHORT))
     with refused(ConfigError, "identity.unreadable"):
         load_identity(tmp_path)
+
+
+def test_the_reading_key_stays_the_same_and_is_no_other_key(tmp_path: Path) -> None:
+    one, other = create_identity(tmp_path / "a", "alpha"), create_identity(tmp_path / "b", "alpha")
+    assert one.reading_key().public == load_identity(tmp_path / "a").reading_key().public
+    assert one.reading_key().public != other.reading_key().public
+    # The data key is handed to enclaves: whoever holds it must not read what is disclosed.
+    assert one.reading_key().public != HpkePrivateKey(derive(one.data_key, "reading-key/v1")).public

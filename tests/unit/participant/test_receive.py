@@ -15,6 +15,7 @@ import torch
 
 from caltrain.boundary.sealed import ReleasedPart, SuspicionReport, seal_for
 from caltrain.crypto.dsse import SigningKey
+from caltrain.enclave.run import State
 from caltrain.errors import CaltrainError, EnvironmentFault, IntegrityError, LineageError, ProtocolError
 from caltrain.models.weights import decode_state, encode_state, model_digest
 from caltrain.participant import receive as receiving
@@ -23,6 +24,7 @@ from caltrain.provenance.chain import Chain
 from caltrain.provenance.statements import LinkedModel, ModelStatement
 from support.disk import files_end_at, tree
 from support.folders import identity_of
+from support.repairs import repaired
 from support.samples import refused
 from support.scripted_host import Edit, ScriptedHost
 from support.world import World
@@ -67,6 +69,29 @@ class Receiving:
         return lambda _: raw
 
 
+def a_repair() -> World:
+    """A run that left out some records."""
+    return repaired().run_to(State.LINKED)
+
+
+@pytest.mark.parametrize("edited", [{"model"}, {"linked-model"}, {"model", "linked-model"}])
+def test_release_and_link_must_say_of_the_repair_what_the_plan_says(edited: set[str], tmp_path: Path) -> None:
+    first, second = (Receiving(world, tmp_path / str(i)) for i, world in enumerate((finished_world(), a_repair())))
+    repair = second.world.plan.repair or None
+    assert repair
+    first.receive()
+    second.receive()
+    kinds = {"model": ("release.json", ModelStatement), "linked-model": ("suspicion.json", LinkedModel)}
+    for party, said in ((first, repair), (second, None), (second, msgspec.structs.replace(repair, records=3))):
+        for kind in edited:
+            name, type_ = kinds[kind]
+            honest = party.world.statement(kind, type_)
+            party.host.edit[ARTIFACTS + name] = party.signed(kind, msgspec.structs.replace(honest, repair=said))
+        with refused(IntegrityError, "release.mismatch") as caught:
+            party.receive()
+        assert "repair" in caught.value.what
+
+
 @pytest.fixture
 def finished() -> World:
     """A world whose run is over."""
@@ -92,7 +117,7 @@ def test_model_report_and_chain_are_kept_whole(receiving_: Receiving) -> None:
     assert record.head == world.run.chain.head
     assert bytes.fromhex(record.run_seed) == world.run.seed
     report = msgspec.json.decode((folder / "suspicion.json").read_bytes(), type=SuspicionReport)
-    assert set(report.scores) == {shard.header.shard for shard in world.parties["alpha"].shards}
+    assert set(report.scores["disagreement"]) == {shard.header.shard for shard in world.parties["alpha"].shards}
     assert all(path.stat().st_mode & 0o077 == 0 for path in folder.iterdir())
 
 

@@ -27,6 +27,7 @@ def text(raw: bytes) -> str:
 def disclosure(leaf: int = 3, **changes: Any) -> Disclosure:
     honest = Disclosure(
         record_ref=RecordRef("alpha", SHARD, leaf),
+        model="sha256:" + "0" * 64,
         records=5,
         salt=text(SALTS[leaf]),
         record=text(ROWS[leaf]),
@@ -60,7 +61,7 @@ REFUSED: dict[str, tuple[Disclosure, dict[str, Any], str]] = {
         "disclosure.substituted",
     ),
     "another salt": (disclosure(salt=text(SALTS[2])), {}, "disclosure.substituted"),
-    "another leaf's record, whole": (disclosure(2), {}, "disclosure.substituted"),
+    "another leaf's record, whole": (disclosure(2), {}, "disclosure.disproves"),
     "named as another leaf": (disclosure(record_ref=RecordRef("alpha", SHARD, 2)), {}, "disclosure.substituted"),
     "named as another party's": (disclosure(record_ref=RecordRef("beta", SHARD, 3)), {}, "disclosure.substituted"),
     "named as of another shard": (
@@ -68,7 +69,12 @@ REFUSED: dict[str, tuple[Disclosure, dict[str, Any], str]] = {
         {},
         "disclosure.substituted",
     ),
-    "another commitment traced": (disclosure(), {"commitment": to_text(COMMITMENTS[2])}, "disclosure.substituted"),
+    "another commitment traced": (disclosure(), {"commitment": to_text(COMMITMENTS[2])}, "disclosure.disproves"),
+    "another record with a proof without form": (
+        disclosure(record=text(ROWS[2]), proof=HONEST_PROOF[:-1]),
+        {},
+        "disclosure.substituted",
+    ),
     "another number of records": (disclosure(records=6), {}, "disclosure.not-in-shard"),
     "another number of records in the manifest": (disclosure(), {"count": 6}, "disclosure.not-in-shard"),
     "another root in the manifest": (disclosure(), {"root": OTHER_ROOT}, "disclosure.not-in-shard"),

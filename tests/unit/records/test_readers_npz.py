@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from caltrain.errors import DataError
 from caltrain.records.readers import bounds, read_npz
+from caltrain.records.readers.npz import read_arrays
 
 IMAGES: NDArray[np.uint8] = np.arange(6 * 4 * 5, dtype=np.uint8).reshape(6, 4, 5)
 LABELS = np.array([0, 1, 2, 0, 1, 2], dtype=np.uint8)
@@ -73,6 +74,24 @@ def test_medmnist_names_colour_with_a_label_column_and_a_validation_part(tmp_pat
     assert np.array_equal(split.train.images, colour.transpose(0, 3, 1, 2))
     assert len(split.train) == len(split.test) == 6
     assert split.test.class_names == ("a", "b", "c")
+
+
+@pytest.mark.parametrize("kind", ["u1", "<i8", "<f4", "<f8"])
+def test_named_arrays_are_read_as_they_are_stored(kind: str, tmp_path: Path) -> None:
+    one, other = np.arange(6).astype(kind).reshape(2, 3), np.arange(4).astype(kind)
+    found = read_arrays(save(tmp_path, one=one, other=other, more=one), ("other", "one"))
+    assert [array.dtype for array in found] == [np.dtype(kind)] * 2
+    assert np.array_equal(found[0], other)
+    assert np.array_equal(found[1], one)
+    with pytest.raises(DataError, match=r"^reader.missing-part: "):
+        read_arrays(save(tmp_path, one=one), ("one", "other"))
+
+
+def test_floats_are_no_pictures_and_objects_are_no_arrays(tmp_path: Path) -> None:
+    refuse(save(tmp_path, **KERAS | {"x_train": IMAGES.astype(np.float32)}), "reader.kind")
+    np.savez(tmp_path / "objects.npz", one=np.array([object()], dtype=object))
+    with pytest.raises(DataError, match=r"^reader.kind: "):
+        read_arrays(tmp_path / "objects.npz", ("one",))
 
 
 @settings(max_examples=40, deadline=None)

@@ -40,6 +40,7 @@ _HEADER = re.compile(
     rb"\s*'shape':\s*\(((?:\d{1,18},\s*)*(?:\d{1,18},?)?)\s*\),?\s*\}\s*"
 )
 _INTEGERS = re.compile(rb"[<>|=][iu][1248]")
+_NUMBERS = re.compile(rb"[<>|=][iu][1248]|[<>=]f[48]")
 
 
 def read_npz(path: Path, *, class_names: tuple[str, ...] | None = None) -> Split:
@@ -48,17 +49,26 @@ def read_npz(path: Path, *, class_names: tuple[str, ...] | None = None) -> Split
     Images are uint8, (N, H, W) or channels last (N, H, W, C); labels are integers, (N,) or (N, 1).
     Raises DataError.
     """
+    x_train, y_train, x_test, y_test = _read(path, _KEYS, kinds=_INTEGERS)
+    return build_split(
+        (_channels_first(x_train, path), y_train), (_channels_first(x_test, path), y_test), class_names=class_names
+    )
+
+
+def read_arrays(path: Path, names: tuple[str, ...]) -> list[NDArray[np.generic]]:
+    """The arrays of these names as they are stored: integers or floats of any shape. Raises DataError."""
+    return _read(path, (names,), kinds=_NUMBERS)
+
+
+def _read(path: Path, keys: tuple[tuple[str, ...], ...], *, kinds: re.Pattern[bytes]) -> list[NDArray[np.generic]]:
+    """The arrays of the first of these groups of names that is there."""
     with readable(path, step=_STEP), path.open("rb") as file:
         try:
             with zipfile.ZipFile(file) as archive:
                 members = _members(archive, path)
-                arrays = [_array(archive, members[key], path) for key in _keys(members, path)]
+                return [_array(archive, members[key], path, kinds=kinds) for key in _keys(members, path, keys)]
         except _ZIP_ERRORS as error:
             raise malformed(f"{path} is not a sound zip archive: {error}", step=_STEP) from error
-    x_train, y_train, x_test, y_test = arrays
-    return build_split(
-        (_channels_first(x_train, path), y_train), (_channels_first(x_test, path), y_test), class_names=class_names
-    )
 
 
 def _members(archive: zipfile.ZipFile, path: Path) -> dict[str, zipfile.ZipInfo]:
@@ -71,24 +81,26 @@ def _members(archive: zipfile.ZipFile, path: Path) -> dict[str, zipfile.ZipInfo]
     return members
 
 
-def _keys(members: dict[str, zipfile.ZipInfo], path: Path) -> tuple[str, ...]:
-    for keys in _KEYS:
+def _keys(members: dict[str, zipfile.ZipInfo], path: Path, groups: tuple[tuple[str, ...], ...]) -> tuple[str, ...]:
+    for keys in groups:
         if all(key in members for key in keys):
             return keys
-    choices = " or ".join(", ".join(keys) for keys in _KEYS)
+    choices = " or ".join(", ".join(keys) for keys in groups)
     raise missing_part(
         f"{path} holds {sorted(members)[:12]}", step=_STEP, fix=f"Save the arrays under the names {choices}."
     )
 
 
-def _array(archive: zipfile.ZipFile, info: zipfile.ZipInfo, path: Path) -> NDArray[np.generic]:
+def _array(
+    archive: zipfile.ZipFile, info: zipfile.ZipInfo, path: Path, *, kinds: re.Pattern[bytes]
+) -> NDArray[np.generic]:
     what = f"{info.filename} of {path}"
     if info.flag_bits & 1 or info.compress_type not in {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED}:
         raise malformed(f"{what} is encrypted, or packed by other means than deflate", step=_STEP)
     if info.file_size > bounds.MAX_ARRAY_BYTES + _MAX_HEADER:
         raise too_large(f"{what} would be {info.file_size} bytes", step=_STEP)
     with archive.open(info) as stream:
-        dtype, column_major, shape, head = _header(stream, what)
+        dtype, column_major, shape, head = _header(stream, what, kinds)
         size = bounds.check_room(shape, itemsize=dtype.itemsize, what=what, step=_STEP)
         if info.file_size != head + size:
             raise wrong_length(f"{what} has {info.file_size} bytes, its header says {head + size}", step=_STEP)
@@ -98,7 +110,9 @@ def _array(archive: zipfile.ZipFile, info: zipfile.ZipInfo, path: Path) -> NDArr
     return np.frombuffer(data, dtype=dtype).reshape(shape, order="F" if column_major else "C")
 
 
-def _header(stream: Stream, what: str) -> tuple[np.dtype[np.generic], bool, tuple[int, ...], int]:
+def _header(
+    stream: Stream, what: str, kinds: re.Pattern[bytes]
+) -> tuple[np.dtype[np.generic], bool, tuple[int, ...], int]:
     """(element type, column-major?, shape, bytes that the header takes)."""
     magic = stream.read(8)
     if magic[:6] != b"\x93NUMPY" or magic[6:] not in {b"\x01\x00", b"\x02\x00", b"\x03\x00"}:
@@ -111,7 +125,7 @@ def _header(stream: Stream, what: str) -> tuple[np.dtype[np.generic], bool, tupl
     if match is None:
         raise malformed(f"{what} has a header that describes no plain array", step=_STEP)
     descr, order, dimensions = match.groups()
-    if not _INTEGERS.fullmatch(descr):
+    if not kinds.fullmatch(descr):
         objects = ": Python objects, which are never unpickled" if b"O" in descr else ""
         raise wrong_kind(f"{what} has elements {descr.decode('latin-1')!r}{objects}", step=_STEP)
     shape = tuple(int(size) for size in dimensions.replace(b",", b" ").split())

@@ -1,0 +1,38 @@
+"""`caltrain verdict`: who is responsible for a model's errors, if that can be told."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from caltrain.auditor.collect import collect_bundle
+from caltrain.cli.files import read_named, write_json
+from caltrain.cli.output import Format, FormatOption, choose, emit, say_simulated
+from caltrain.cli.query import HomeOption, InputsArgument, PlanOption, PolicyOption, UrlOption, ask_enclave
+from caltrain.cli.verdict_text import show, summary
+from caltrain.host_client import HostClient
+
+
+def verdict(
+    inputs: InputsArgument,
+    url: UrlOption,
+    home: HomeOption = None,
+    plan: PlanOption = None,
+    policy: PolicyOption = None,
+    out: Annotated[Path | None, typer.Option(help="folder for the signed verdict and its bundle")] = None,
+    format_: FormatOption = Format.TEXT,
+) -> None:
+    """Ask who is responsible for a batch of mispredicted inputs. Each of them counts against the budget."""
+    choose(format_)
+    answered, agreed = ask_enclave("verdict", read_named(inputs)[0], url, home, plan, policy)
+    (envelope,), (said,) = answered.envelopes, answered.verdicts
+    if out is not None:
+        write_json(out / "verdict.json", envelope)
+        with HostClient(url) as host:
+            write_json(out / "bundle.json", collect_bundle(host, agreed, envelope, evidence=answered.evidence))
+    if answered.claims.simulated:
+        say_simulated()
+    show(said)
+    emit(summary(said) | {"budget_left": answered.answers.budget_left}, title="Verdict")

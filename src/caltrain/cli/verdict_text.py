@@ -1,0 +1,61 @@
+"""A verdict for people and for programs."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from rich.table import Table
+
+from caltrain.cli.output import say
+from caltrain.exposure.figures import Estimate
+from caltrain.provenance.verdict import VerdictStatement
+from caltrain.reports.terminal import center_note, plain
+
+_SHOWN = 9
+
+
+def show(said: VerdictStatement) -> None:
+    """The verdict in lines: what it rests on outside, who, why, the figures, the first records."""
+    say(center_note(said.audit_rate, said.resumes))
+    say(f"responsible: {', '.join(said.responsible)}" if said.responsible else "cannot tell who is responsible")
+    say(said.reason)
+    say(_blame(said))
+    if said.found:
+        say(f"{said.found} records held responsible, of which {in_words(said.precision)} are estimated to be")
+    for record in [*said.records()][:_SHOWN]:
+        say(f"  {record.party} --record {record.shard}:{record.leaf}")
+
+
+def _blame(said: VerdictStatement) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for heading in ("", "blame", "data", "p", "p, corrected"):
+        table.add_column(heading, justify="right" if heading else "left")
+    for own in sorted(said.blamed, key=lambda b: b.adjusted):
+        figures = (f"{own.share_of_blame:.1%}", f"{own.share_of_data:.1%}", f"{own.p_value:g}", f"{own.adjusted:g}")
+        table.add_row(plain(own.party), *figures)
+    return table
+
+
+def in_words(estimate: Estimate) -> str:
+    """A share with its 95 % interval."""
+    return f"{estimate.value:.1%} ({estimate.low:.1%} to {estimate.high:.1%})"
+
+
+def summary(said: VerdictStatement) -> dict[str, object]:
+    """The verdict as fields of a result."""
+    return {
+        "outcome": said.outcome,
+        "responsible": said.responsible,
+        "blamed": said.blamed,
+        "inputs": said.inputs,
+        "kinds": dict(Counter(said.kinds)),
+        "suspects": said.found,
+        "listed": len(said.records()),
+        "precision": said.precision,
+        "reason": said.reason,
+        "method": said.method,
+        "model": said.model,
+        "audit_rate": said.audit_rate,
+        "center": f"audited at rate {said.audit_rate:g}" if said.audit_rate else "center not audited",
+        "simulated": said.simulated,
+    }

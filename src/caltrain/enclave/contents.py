@@ -1,0 +1,181 @@
+"""The witness to the records' content, inside: learned in the pass over the pool, asked by the hunt and by verdicts.
+
+Features are kept in half precision for as many records as there is room for. Those of the others are worked out again
+from the pool, which is then read whole and in order: the host sees that more was asked than what is kept, never of
+which records.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from caltrain.accountability.cases import Witness
+from caltrain.accountability.witness import LeaveOut, PatchFeatures, WitnessBuilder, separation
+from caltrain.crypto.kdf import derive
+from caltrain.enclave.ingest import contributors_of, record_keys, unpack
+from caltrain.enclave.pool import Pool, Rows
+from caltrain.errors import UNCOMPUTABLE, IntegrityError
+from caltrain.records.commitment import RecordRef
+from caltrain.records.schema import DataSchema
+
+Keys = NDArray[np.uint64]
+_HELD = 1 << 30
+_SAMPLE = 2048
+_MOST_FILTERS, _LEAST_FILTERS, _RECORDS_A_FILTER = 128, 8, 8
+_AT_ONCE = 1 << 13  # rows that are worked out anew together
+
+
+@dataclass(frozen=True)
+class Passed:
+    """What the pass found of every record, in the pool's order.
+
+    Fingerprints (N, D), probabilities (N, C), labels and contributors (N,); where each is, and its commitment.
+    """
+
+    fingerprints: Tensor
+    probabilities: Tensor
+    labels: Tensor
+    sources: Tensor
+    lines: list[tuple[RecordRef, bytes]]
+
+
+class Learning:
+    """The witness in the making: takes the whole pool in, in order.
+
+    Filters come from the pool's first records, which its last permutation has drawn. There are fewer of them where
+    there are few records to learn from.
+    """
+
+    def __init__(self, pool: Pool, schema: DataSchema, *, contributors: int, seed: bytes) -> None:
+        sample, _ = unpack(pool.rows(0, min(_SAMPLE, pool.shape.records)), schema)
+        filters = min(_MOST_FILTERS, max(_LEAST_FILTERS, pool.shape.records // _RECORDS_A_FILTER))
+        number = int.from_bytes(derive(seed, "witness/v1")[:4], "big")
+        try:
+            features = PatchFeatures.draw(sample, filters=filters, seed=number)
+        except UNCOMPUTABLE:
+            raise not_finite("contents") from None
+        self._pool, self._schema = pool, schema
+        self._builder = WitnessBuilder(features, contributors=contributors, classes=len(schema.classes))
+        room = min(pool.shape.records, _HELD // (2 * features.dims))
+        self._held = torch.empty((room, features.dims), dtype=torch.float16)
+        self._keys = np.empty(pool.shape.records, np.uint64)
+        self._labels, self._sources = (torch.empty(pool.shape.records, dtype=torch.int32) for _ in range(2))
+        self._taken = 0
+
+    def add(self, rows: Rows, elements: Tensor, labels: Tensor) -> None:
+        """The pool's next rows, with what is in them. Raises IntegrityError `hunt.not-finite`."""
+        sources = contributors_of(rows)
+        features = self._builder.add(elements, labels, sources)
+        if not bool(features.isfinite().all()):
+            raise not_finite("contents")
+        here = slice(self._taken, self._taken + len(rows))
+        kept = self._held[here]
+        kept.copy_(features[: len(kept)])
+        self._keys[here] = record_keys(rows)
+        self._labels[here], self._sources[here] = labels, sources
+        self._taken = here.stop
+
+    def done(self) -> Contents:
+        """The witness, once all rows are in."""
+        order = np.argsort(self._keys)
+        return Contents(
+            pool=self._pool,
+            schema=self._schema,
+            features=self._builder.features,
+            model=self._builder.done(),
+            held=self._held,
+            labels=self._labels,
+            sources=self._sources,
+            keys=self._keys[order],
+            order=torch.from_numpy(order),
+        )
+
+
+@dataclass(frozen=True)
+class Contents:
+    """The witness over all records of a pool, by their rows there.
+
+    `held` (H, dims) are the features of the first rows; `order` (N,) the rows by rising `keys` (`ingest.record_keys`).
+    """
+
+    pool: Pool
+    schema: DataSchema
+    features: PatchFeatures
+    model: LeaveOut
+    held: Tensor
+    labels: Tensor
+    sources: Tensor
+    keys: Keys
+    order: Tensor
+
+    def of(self, keys: Keys) -> Witness:
+        """The witness whose row i is the record of the i-th of these keys."""
+        return _Named(self, self.order[torch.from_numpy(np.searchsorted(self.keys, keys))])
+
+    def testify(self, rows: Tensor, *, without: frozenset[int] = frozenset(), forget: Tensor | None = None) -> Tensor:
+        """As `Witness.testify`, of rows of the pool."""
+        lost = None
+        if forget is not None:
+            forget = forget[~torch.isin(self.sources[forget], torch.tensor(sorted(without), dtype=torch.int32))]
+            lost = self._of(forget), self.labels[forget].long()
+        parts = torch.split(rows, _AT_ONCE)
+        return torch.cat([self.model.predict(self._of(part), without=without, forget=lost) for part in parts])
+
+    def tells_apart(self, one: Tensor, other: Tensor) -> float:
+        """As `Witness.tells_apart`, of rows of the pool."""
+        return separation(self._of(one), self._of(other))
+
+    def _of(self, rows: Tensor) -> Tensor:
+        """Features (R, dims) of rows of the pool."""
+        found = torch.empty((len(rows), self.features.dims))
+        here = rows < len(self.held)
+        found[here] = self.held[rows[here]].float()
+        if not bool(here.all()):
+            found[~here] = self.features.features(unpack(self._read(rows[~here]), self.schema)[0])
+        return found
+
+    def _read(self, rows: Tensor) -> Rows:
+        """Rows of the pool, out of all that lie behind what is kept. Nothing is worked out before all is read."""
+        shape, wanted = self.pool.shape, rows.numpy()
+        found = np.empty((len(wanted), shape.row_bytes), np.uint8)
+        for start, block in self._blocks():
+            inside = (wanted >= start) & (wanted < start + len(block))
+            found[inside] = block[wanted[inside] - start]
+        return found
+
+    def _blocks(self) -> Iterator[tuple[int, Rows]]:
+        shape = self.pool.shape
+        for start in range(len(self.held) // shape.block * shape.block, shape.records, shape.block):
+            yield start, self.pool.rows(start, min(start + shape.block, shape.records))
+
+
+class _Named:
+    """A witness that calls the pool's rows by another's numbers."""
+
+    def __init__(self, contents: Contents, rows: Tensor) -> None:
+        self._contents, self._rows = contents, rows
+
+    def testify(self, rows: Tensor, *, without: frozenset[int] = frozenset(), forget: Tensor | None = None) -> Tensor:
+        """As `Witness.testify`."""
+        lost = None if forget is None else self._rows[forget]
+        return self._contents.testify(self._rows[rows], without=without, forget=lost)
+
+    def tells_apart(self, one: Tensor, other: Tensor) -> float:
+        """As `Witness.tells_apart`."""
+        return self._contents.tells_apart(self._rows[one], self._rows[other])
+
+
+def not_finite(what: str) -> IntegrityError:
+    """What a hunt is refused with whose figures overflow."""
+    return IntegrityError(
+        "hunt.not-finite",
+        f"the {what} of a record are not finite numbers",
+        step="hunt",
+        fix="Train again: the CenterNet, finite itself, overflows (the host may have made it so), or a record does.",
+    )

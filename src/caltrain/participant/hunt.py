@@ -1,0 +1,64 @@
+"""What the hunt found of our own records: fetched before the model is released, or as it was kept with it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from caltrain.boundary.sealed import Scan, SuspicionReport, open_for
+from caltrain.crypto.decoders import json_decoder
+from caltrain.errors import UNDECODABLE, LineageError
+from caltrain.files import read_bounded
+from caltrain.host_client import HostClient
+from caltrain.participant.heads import known_run, shown_manifest
+from caltrain.participant.identity import Identity
+from caltrain.participant.receive import run_folder
+
+_STEP = "read hunt"
+_HUNTED = {"release", "link", "linked"}
+_MAX_REPORT = 1 << 30
+
+
+class Suspicious(NamedTuple):
+    """A record of ours and its score by one scan, 0 to 1."""
+
+    shard: str
+    leaf: int
+    score: float
+
+
+def fetch_report(host: HostClient, identity: Identity, *, seconds: float) -> tuple[str, SuspicionReport]:
+    """The run, and its report, as soon as the host has it: before the parties receive the model.
+
+    Nobody but the enclave and this party can have sealed it. Raises LineageError `run.unknown` for a run that this
+    party did not countersign, IntegrityError for another's report, and the run's error.
+    """
+    host.wait_for(_HUNTED, seconds=seconds)
+    run = shown_manifest(host, step=_STEP).run
+    known_run(identity, run)
+    sealed = host.artifact(f"suspicion/{identity.name}")
+    return run, open_for(identity.data_key, "suspicion/v1", sealed, SuspicionReport, context=run, step=_STEP)
+
+
+def kept_report(identity: Identity, run: str) -> SuspicionReport:
+    """The report that was kept with the run's model. Raises LineageError `hunt.none-kept`."""
+    path = run_folder(identity, run) / "suspicion.json"
+    try:
+        return json_decoder(SuspicionReport).decode(read_bounded(path, limit=_MAX_REPORT))
+    except UNDECODABLE as error:
+        raise LineageError(
+            "hunt.none-kept",
+            f"{path} is not a report of a hunt: {str(error)[:200]}",
+            step=_STEP,
+            fix="Name a run whose model this party has received, or ask the host with --url.",
+        ) from None
+
+
+def most_suspicious(report: SuspicionReport, scan: Scan, *, top: int) -> list[Suspicious]:
+    """Of all our shards the `top` records with the highest scores, highest first."""
+    found = [
+        Suspicious(shard, leaf, score / 1000)
+        for shard in report.scores[scan]
+        for leaf, score in enumerate(report.of(shard, scan=scan))
+        if score is not None
+    ]
+    return sorted(found, key=lambda s: -s.score)[:top]
