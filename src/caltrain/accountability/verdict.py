@@ -64,7 +64,7 @@ def judge(dossier: Dossier, asked: Mispredictions, *, alpha: float = ALPHA) -> V
         blames=_blames(looks, adjusted, len(links.contributors)),
         kinds=kinds,
         suspects=suspects,
-        reason=_reason(blamed, any(accused.values())),
+        reason=_reason(blamed, near=any(accused.values()), found=any(len(f.rows) for f in found)),
     )
 
 
@@ -205,9 +205,11 @@ def _blames(looks: list[tuple[_Class, Look]], adjusted: NDArray[np.float64], con
     return tuple(best[c] for c in range(contributors))
 
 
-def _reason(blamed: tuple[int, ...], near: bool) -> str:
+def _reason(blamed: tuple[int, ...], *, near: bool, found: bool) -> str:
     if blamed:
         return "nearby records that contradict their labels are these contributors' beyond their share"
+    if found:
+        return "records of the class contradict their labels, but the mispredictions do not lie with them"
     if near:
-        return "nearby records are one contributor's beyond its share, but do not contradict their labels"
+        return "nearby records are one contributor's beyond its share, but nothing shows that their labels are wrong"
     return "no contributor's records are behind the mispredictions beyond its share of the data"

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from scipy.stats import rankdata
 from torch import Tensor
 
 _PATCH = 6
@@ -140,7 +141,7 @@ def separation(one: Tensor, other: Tensor) -> float:
         gram = x[~out].T @ x[~out]
         gram = gram + _LOOK * gram.diagonal().mean().clamp_min(1e-12) * torch.eye(len(gram))
         value[out] = x[out] @ torch.linalg.solve(gram, x[~out].T @ side[~out])
-    rank = torch.argsort(torch.argsort(value)).double() + 1
+    rank = rankdata(value.numpy())  # of equal values the mean: what looks the same is not told apart
     wins = float(rank[: len(one)].sum()) - len(one) * (len(one) + 1) / 2
     return wins / max(1, len(one) * len(other))
 
