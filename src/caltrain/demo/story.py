@@ -151,7 +151,8 @@ def _verdict_in_words(said: VerdictStatement) -> str:
     if not said.responsible:
         return f"cannot tell who is responsible: {said.reason}"
     names, p_value = " and ".join(said.responsible), max(b.adjusted for b in said.blamed if b.responsible)
-    return f"responsible: {names} (p at most {p_value:g}), by {said.found} records; estimated precision {in_words(said.precision)}"
+    records = f"{said.found} records, estimated precision {in_words(said.precision)}"
+    return f"responsible: {names} (p at most {p_value:g}), by {records}"
 
 
 def _rows_to_trace(scenario: Scenario, predicted: NDArray[np.int64]) -> NDArray[np.int64]:
