@@ -71,7 +71,7 @@ def print_result(result: DemoResult, console: Console) -> None:
     table.add_row("mislabelled records found (AUROC)", f"{result.mislabel_auroc:.4f}", "")
     table.add_section()
     table.add_row("the verdict holds responsible", plain(", ".join(result.verdict_contributors) or "cannot tell"), "")
-    table.add_row("its records; precision; recall", _named(result), "")
+    table.add_row("its records: precision, recall", _named(result), "")
     table.add_section()
     table.add_row("disclosures verified", f"{result.disclosures_verified} of {result.disclosures}", "")
     table.add_row("substitutes refused", f"{result.substitutions_refused} of {result.substitutions}", "")
@@ -84,9 +84,9 @@ def print_result(result: DemoResult, console: Console) -> None:
 
 
 def _named(result: DemoResult) -> str:
-    """How many records a verdict names, and how right that is."""
-    precision = "" if result.verdict_precision is None else f"; {result.verdict_precision:.1%}"
-    return f"{result.verdict_records}{precision}; {result.verdict_recall:.1%}"
+    """How right the records are that a verdict names."""
+    precision = "none" if result.verdict_precision is None else f"{result.verdict_precision:.4f}"
+    return f"{precision}, {result.verdict_recall:.4f}"
 
 
 def _near(path: str) -> str:
