@@ -29,7 +29,7 @@ def _blame(said: VerdictStatement) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0))
     for heading in ("", "blame", "data", "p", "p, corrected"):
         table.add_column(heading, justify="right" if heading else "left")
-    for own in sorted(said.blamed, key=lambda b: b.adjusted):
+    for own in sorted(said.blamed, key=lambda b: (not b.responsible, b.adjusted)):
         figures = (f"{own.share_of_blame:.1%}", f"{own.share_of_data:.1%}", f"{own.p_value:g}", f"{own.adjusted:g}")
         table.add_row(plain(own.party), *figures)
     return table
