@@ -8,6 +8,8 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from caltrain.cli.output import Format, choose
+from caltrain.cli.verdict_text import show
 from caltrain.errors import EnvironmentFault
 from caltrain.provenance.verdict import SuspectRecords, VerdictStatement
 from caltrain.reports.verdict import write_verdict
@@ -66,6 +68,19 @@ def test_it_says_that_nobody_is_named(tmp_path: Path) -> None:
     assert "No record is held responsible" in page.words
     assert "The records held responsible" not in page.words
     assert not [row for row in page.all_of("tr") if row.get("class") == "named"]
+
+
+def test_who_is_named_comes_first_even_where_chance_explains_another_less(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    alder, dogwood = said().blamed
+    near = msgspec.structs.replace(said(), blamed=(msgspec.structs.replace(alder, adjusted=0.0001), dogwood))
+    page = render(near, tmp_path)
+    assert [row.get("class") for row in page.all_of("tr")[1:3]] == ["named", "unnamed"]
+    choose(Format.TEXT)
+    show(near)
+    text = capsys.readouterr().out
+    assert text.index("dogwood  99.9%") < text.index("alder     3.0%")
 
 
 def test_an_audited_center_and_restarts_are_said(tmp_path: Path) -> None:
