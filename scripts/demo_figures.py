@@ -83,7 +83,7 @@ class Linked:
         with torch.inference_mode():
             for part in torch.split(pixels, 256):
                 x = normalise(part, self.preset.data, channels_last=self.preset.training.channels_last)
-                found.append(features_and_logits(self.model, x))
+                found.append(features_and_logits(self.model, self.preset.model, x))
         return torch.cat([f for f, _ in found]), torch.cat([logits for _, logits in found]).argmax(1)
 
     def nearest(self, fingerprint: Tensor, label: int) -> list[RecordRef]:

@@ -22,6 +22,7 @@ import msgspec
 import pytest
 
 from caltrain.auditor.bundle import read_bundle, verify_bundle
+from caltrain.auditor.verdict import judge_verdict
 from caltrain.cli.files import read_policy
 from caltrain.demo.scenario import TRIALS
 from caltrain.host_client import HostClient
@@ -64,6 +65,10 @@ def test_digits_reach_every_figure(digits: dict[str, Any]) -> None:
     assert digits["trace_precision_at_9"] >= 0.95
     assert digits["trace_contributor_accuracy"] >= 0.99
     assert digits["mislabel_auroc"] >= 0.9
+    assert digits["verdict_contributors"] == ["dogwood"]
+    assert digits["verdict_precision"] >= 0.9
+    assert digits["verdict_recall"] >= 0.9
+    assert digits["verdict_records"] > 0
     assert digits["disclosures_verified"] == digits["disclosures"] == 27
     assert digits["substitutions_refused"] == digits["substitutions"] == 27
     assert (digits["data"], digits["records"], digits["culprit"]) == ("digits", 1347, "dogwood")
@@ -75,6 +80,21 @@ def test_the_report_is_there_and_says_what_it_rests_on(digits: dict[str, Any]) -
     assert "simulated enclave" in page.lower()
     assert page.count("data:image/png;base64,") == 3 * (1 + 9)
     assert digits["chain_head"] in page
+    for words in ("dogwood</b> is responsible", "The fingerprint space", "The quality of each", "center audited at"):
+        assert words.lower() in page.lower()
+    assert len(page) < 300_000
+
+
+def test_the_verdict_is_kept_and_verifies_offline(digits: dict[str, Any]) -> None:
+    folder = Path(digits["report"]).parent
+    plan = run_json("plan", "digest", folder / "project" / "plan.toml")["digest"]
+    policy = read_policy(folder / "project" / "policy.toml")
+    verified = judge_verdict(read_bundle(folder / "verdict" / "bundle.json"), plan_digest=plan, policy=policy)
+    assert verified.verdict.responsible == ("dogwood",)
+    assert (verified.verdict.found, verified.verdict.inputs) == (digits["verdict_records"], digits["triggered_inputs"])
+    page = (folder / "verdict" / "verdict.html").read_text(encoding="utf-8")
+    assert "dogwood</b> is responsible" in page
+    assert "simulated enclave" in page.lower()
 
 
 def test_the_bundles_verify_offline_against_the_plan(digits: dict[str, Any]) -> None:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from caltrain.demo.result import DemoResult, Party, Story, TracedInput, TracedPicture
+from typing import Literal
+
+from caltrain.demo.result import DemoResult, Party, Point, Quality, Space, Story, TracedInput, TracedPicture
+from caltrain.exposure.figures import Estimate
+from caltrain.provenance.verdict import Blamed, VerdictStatement
 
 RESULT = DemoResult(
     data="digits",
@@ -20,6 +24,10 @@ RESULT = DemoResult(
     trace_contributor_accuracy=1.0,
     culprit="dogwood",
     mislabel_auroc=0.9996,
+    verdict_contributors=("dogwood",),
+    verdict_records=26,
+    verdict_precision=0.9615,
+    verdict_recall=1.0,
     disclosures=27,
     disclosures_verified=27,
     substitutions=27,
@@ -31,6 +39,57 @@ RESULT = DemoResult(
     seconds=42.0,
     report="/somewhere/digits-1/report.html",
 )
+
+
+def said(*, party: str = "dogwood", outcome: Literal["responsible", "cannot-tell"] = "responsible") -> VerdictStatement:
+    """A verdict on three inputs, with alder beside the party."""
+    named = outcome == "responsible"
+    return VerdictStatement(
+        run="0" * 32,
+        model=RESULT.model,
+        method="a-method/v1",
+        user="analyst",
+        nonce="0" * 64,
+        inputs=3,
+        input_commitment="sha256:" + "3" * 64,
+        head="sha256:" + "4" * 64,
+        predicted=(7, 7, 1),
+        outcome=outcome,
+        blamed=(
+            Blamed(
+                party="alder", responsible=False, share_of_blame=0.03, share_of_data=0.25, p_value=1.0, adjusted=1.0
+            ),
+            Blamed(
+                party=party,
+                responsible=named,
+                share_of_blame=0.999,
+                share_of_data=0.25,
+                p_value=0.0001,
+                adjusted=0.0002,
+            ),
+        ),
+        kinds=("trigger", "hard", "trigger"),
+        found=26 if named else 0,
+        suspects=(),
+        precision=Estimate(0.975, 0.92, 1.0, 26) if named else Estimate(0.0, 0.0, 1.0, 0),
+        reason="the reason",
+        audit_rate=0.0,
+        resumes=0,
+        simulated=True,
+    )
+
+
+NOBODY = said(outcome="cannot-tell")
+
+
+def _point(x: float, y: float, party: str, suspicion: float, *, bad: bool = False) -> Point:
+    return Point(x=x, y=y, party=party, suspicion=suspicion, suspect=bad, planted=bad)
+
+
+def space(*, party: str = "dogwood", label: str = "7") -> Space:
+    """Three records of five, one of them named, and two inputs."""
+    records = (_point(0, 0, "alder", 0.0), _point(0, 1, party, 0.6), _point(2, 0.5, party, 0.3, bad=True))
+    return Space(label=label, of=5, parted=True, records=records, inputs=((2.0, 1.0), (1.5, 0.0)))
 
 
 def story(*, party: str = "dogwood", label: str = "7", result: DemoResult = RESULT) -> Story:
@@ -45,6 +104,12 @@ def story(*, party: str = "dogwood", label: str = "7", result: DemoResult = RESU
             ),
         ),
         losses=(2.0, 1.0, 0.5),
+        verdict=said(party=party),
+        space=space(party=party, label=label),
+        quality=(
+            Quality(party="alder", wrong_labels=Estimate(0.107, 0.054, 0.17, 336), mislabelled=0.101, planted=0.0),
+            Quality(party=party, wrong_labels=Estimate(0.002, 0.0, 0.051, 337), mislabelled=0.0, planted=0.077),
+        ),
         traced=(TracedInput(truth="3", predicted=label, png=b"\x89PNG in", neighbours=(picture, picture)),),
         events=((0, "plan", "plan=sha256:1"), (1, "approval", f"party={party}")),
         sandbox={"seccomp": "on"},

@@ -11,11 +11,10 @@ from rich.table import Table
 from caltrain.boundary.sealed import Scan, SuspicionReport
 from caltrain.cli.output import Format, FormatOption, choose, emit, say
 from caltrain.cli.query import missing
-from caltrain.cli.verdict_text import in_words
 from caltrain.host_client import HostClient
 from caltrain.participant.hunt import fetch_report, kept_report, most_suspicious
 from caltrain.participant.identity import load_identity
-from caltrain.reports.terminal import plain
+from caltrain.reports.terminal import in_words, plain
 
 _SCANS: tuple[Scan, ...] = get_args(Scan)
 

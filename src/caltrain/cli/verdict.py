@@ -22,11 +22,13 @@ def verdict(
     plan: PlanOption = None,
     policy: PolicyOption = None,
     out: Annotated[Path | None, typer.Option(help="folder for the signed verdict and its bundle")] = None,
+    report: Annotated[Path | None, typer.Option(help="the verdict as one HTML page, for people")] = None,
     format_: FormatOption = Format.TEXT,
 ) -> None:
     """Ask who is responsible for a batch of mispredicted inputs. Each of them counts against the budget."""
     choose(format_)
-    answered, agreed = ask_enclave("verdict", read_named(inputs)[0], url, home, plan, policy)
+    array, names = read_named(inputs)
+    answered, agreed = ask_enclave("verdict", array, url, home, plan, policy)
     (envelope,), (said,) = answered.envelopes, answered.verdicts
     if out is not None:
         write_json(out / "verdict.json", envelope)
@@ -35,4 +37,8 @@ def verdict(
     if answered.claims.simulated:
         say_simulated()
     show(said)
+    if report is not None:
+        from caltrain.reports.verdict import write_verdict  # noqa: PLC0415  # jinja2, only for a page
+
+        write_verdict(report, said, names=names, classes=agreed.data.classes)
     emit(summary(said) | {"budget_left": answered.answers.budget_left}, title="Verdict")

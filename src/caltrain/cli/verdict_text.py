@@ -7,9 +7,8 @@ from collections import Counter
 from rich.table import Table
 
 from caltrain.cli.output import say
-from caltrain.exposure.figures import Estimate
 from caltrain.provenance.verdict import VerdictStatement
-from caltrain.reports.terminal import center_note, plain
+from caltrain.reports.terminal import center_note, in_words, plain
 
 _SHOWN = 9
 
@@ -30,15 +29,10 @@ def _blame(said: VerdictStatement) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0))
     for heading in ("", "blame", "data", "p", "p, corrected"):
         table.add_column(heading, justify="right" if heading else "left")
-    for own in sorted(said.blamed, key=lambda b: b.adjusted):
+    for own in sorted(said.blamed, key=lambda b: (not b.responsible, b.adjusted)):
         figures = (f"{own.share_of_blame:.1%}", f"{own.share_of_data:.1%}", f"{own.p_value:g}", f"{own.adjusted:g}")
         table.add_row(plain(own.party), *figures)
     return table
-
-
-def in_words(estimate: Estimate) -> str:
-    """A share with its 95 % interval."""
-    return f"{estimate.value:.1%} ({estimate.low:.1%} to {estimate.high:.1%})"
 
 
 def summary(said: VerdictStatement) -> dict[str, object]:

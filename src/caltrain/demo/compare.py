@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from caltrain.boundary.sealed import TraceStatement
+from caltrain.boundary.sealed import Scan, SuspicionReport, TraceStatement
 from caltrain.demo import evaluate
 from caltrain.demo.disputes import Dispute
 from caltrain.demo.evaluate import Lineage
@@ -20,6 +20,7 @@ from caltrain.participant.model import load_model, predict
 from caltrain.plan import RunManifest
 from caltrain.project import Project
 from caltrain.provenance.chain import Event
+from caltrain.provenance.verdict import VerdictStatement
 from caltrain.records.commitment import RecordRef
 from caltrain.training.plain import train_plain
 from caltrain.training.seeds import RunSeeds
@@ -39,10 +40,15 @@ class Finished:
     predicted_triggered: NDArray[np.int64]
     traced_inputs: NDArray[np.int64]
     traces: list[TraceStatement]
-    suspicion: dict[RecordRef, float]
+    verdict: VerdictStatement
+    hunts: dict[str, SuspicionReport]
     disputes: list[Dispute]
     events: tuple[Event, ...]
     sandbox: dict[str, str]
+
+    def suspicion_of(self, *scans: Scan) -> dict[RecordRef, float]:
+        """Of every record the highest score by these scans of the hunt, 0 to 1: all parties' reports put together."""
+        return evaluate.suspicion(self.hunts, scans)
 
 
 def train_plainly(finished: Finished) -> Network:
@@ -68,7 +74,7 @@ def figures(finished: Finished, plain: Network, *, data: str, seconds: float, re
     plain_triggered = predict(plain, plan, scenario.attack.stamp(scenario.test.images)).argmax(1)
     ours = load_model(finished.run_folder).module.state_dict()
     traced = [[n.record for n in trace.neighbours] for trace in finished.traces]
-    disputes = finished.disputes
+    disputes, named = finished.disputes, finished.verdict.records()
     return DemoResult(
         data=data,
         records=scenario.records,
@@ -84,7 +90,11 @@ def figures(finished: Finished, plain: Network, *, data: str, seconds: float, re
         trace_precision_at_9=evaluate.trace_precision(traced, finished.lineage),
         trace_contributor_accuracy=evaluate.trace_contributor_accuracy(traced, scenario.culprit),
         culprit=scenario.culprit,
-        mislabel_auroc=evaluate.mislabel_auroc(finished.suspicion, finished.lineage),
+        mislabel_auroc=evaluate.mislabel_auroc(finished.suspicion_of("disagreement"), finished.lineage),
+        verdict_contributors=finished.verdict.responsible,
+        verdict_records=finished.verdict.found,
+        verdict_precision=evaluate.poison_precision(named, finished.lineage),
+        verdict_recall=evaluate.poison_recall(named, finished.lineage),
         disclosures=sum(len(d.trace.neighbours) for d in disputes),
         disclosures_verified=sum(len(d.records) for d in disputes),
         substitutions=sum(d.substitutes for d in disputes),

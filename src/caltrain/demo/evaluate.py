@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
+from caltrain.boundary.sealed import Scan, SuspicionReport
 from caltrain.demo.scenario import Holding, Scenario
 from caltrain.records.commitment import RecordRef
 
@@ -74,6 +75,30 @@ def trace_precision(traced: Traced, lineage: Lineage) -> float:
 def trace_contributor_accuracy(traced: Traced, culprit: str) -> float:
     """Share of traces whose neighbours are mostly the culprit's."""
     return float(np.mean([sum(r.party == culprit for r in rows) * 2 > len(rows) for rows in traced]))
+
+
+def poison_precision(named: Collection[RecordRef], lineage: Lineage) -> float | None:
+    """Share of the records that a verdict names that were planted; None where it names none."""
+    return sum(map(lineage.is_poisoned, named)) / len(named) if named else None
+
+
+def poison_recall(named: Collection[RecordRef], lineage: Lineage) -> float:
+    """Share of the planted records that a verdict names."""
+    planted = [r for r in lineage.rows if lineage.is_poisoned(r)]
+    return sum(r in named for r in planted) / len(planted)
+
+
+def suspicion(hunts: Mapping[str, SuspicionReport], scans: Sequence[Scan]) -> dict[RecordRef, float]:
+    """Of every record that was trained on the highest score by these scans, from all parties' reports."""
+    scores: dict[RecordRef, float] = {}
+    for party, report in hunts.items():
+        for scan in scans:
+            for shard in report.scores[scan]:
+                for leaf, score in enumerate(report.of(shard, scan=scan)):
+                    if score is not None:
+                        reference = RecordRef(party, shard, leaf)
+                        scores[reference] = max(scores.get(reference, 0.0), score / 1000)
+    return scores
 
 
 def mislabel_auroc(scores: Mapping[RecordRef, float], lineage: Lineage) -> float:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import msgspec
 
+from caltrain.exposure.figures import Estimate
+from caltrain.provenance.verdict import VerdictStatement
+
 
 class DemoResult(msgspec.Struct, frozen=True, kw_only=True):
     """Figures of one demo. Shares are 0 to 1. `report` is the path of the HTML file."""
@@ -23,6 +26,14 @@ class DemoResult(msgspec.Struct, frozen=True, kw_only=True):
     trace_contributor_accuracy: float
     culprit: str
     mislabel_auroc: float
+    verdict_contributors: tuple[str, ...] = ()
+    """Whom the verdict on the triggered inputs holds responsible; nobody where it cannot tell."""
+    verdict_records: int = 0
+    """How many records it holds responsible."""
+    verdict_precision: float | None = None
+    """Share of the records that it lists that were planted; None where it lists none."""
+    verdict_recall: float = 0.0
+    """Share of the planted records that it lists."""
     disclosures: int
     disclosures_verified: int
     substitutions: int
@@ -68,12 +79,48 @@ class TracedInput(msgspec.Struct, frozen=True, kw_only=True):
     neighbours: tuple[TracedPicture, ...]
 
 
+class Point(msgspec.Struct, frozen=True, kw_only=True):
+    """A training record's fingerprint in a plane; `suspect`: the verdict names it."""
+
+    x: float
+    y: float
+    party: str
+    suspicion: float
+    suspect: bool
+    planted: bool
+
+
+class Space(msgspec.Struct, frozen=True, kw_only=True):
+    """Fingerprints of one class in a plane: its records, or a sample `of` more, and the triggered inputs (x, y).
+
+    `parted`: the first axis is the one that shows the records that the verdict names against the rest.
+    """
+
+    label: str
+    of: int
+    parted: bool
+    records: tuple[Point, ...]
+    inputs: tuple[tuple[float, float], ...]
+
+
+class Quality(msgspec.Struct, frozen=True, kw_only=True):
+    """One contributor's share of wrong labels as the hunt estimates it, and its true shares, careless and planted."""
+
+    party: str
+    wrong_labels: Estimate
+    mislabelled: float
+    planted: float
+
+
 class Story(msgspec.Struct, frozen=True, kw_only=True):
     """All that the HTML report shows."""
 
     result: DemoResult
     parties: tuple[Party, ...]
     losses: tuple[float, ...]
+    verdict: VerdictStatement
+    space: Space
+    quality: tuple[Quality, ...]
     traced: tuple[TracedInput, ...]
     events: tuple[tuple[int, str, str], ...]
     sandbox: dict[str, str]

@@ -13,11 +13,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from caltrain.boundary.sealed import SuspicionReport, TraceStatement
+from caltrain.crypto.dsse import Envelope, open_envelope
 from caltrain.demo.evaluate import Lineage
 from caltrain.demo.processes import Background, Crew
 from caltrain.demo.scenario import Holding, Scenario
 from caltrain.files import write_whole
+from caltrain.plan import RunManifest
 from caltrain.project import Project
+from caltrain.provenance.verdict import VerdictStatement
 from caltrain.records.commitment import RecordRef
 
 USER = "analyst"
@@ -116,16 +119,27 @@ def trace(scene: Scene, rows: Classes, url: str) -> list[TraceStatement]:
     return msgspec.convert(process.result()["traces"], list[TraceStatement])
 
 
-def suspicion(joined: JoinResults) -> dict[RecordRef, float]:
-    """Each party's own report, put together: only the demo sees all of them."""
-    scores: dict[RecordRef, float] = {}
-    for name, result in joined.items():
-        raw = (Path(result["folder"]) / "suspicion.json").read_bytes()
-        report = msgspec.json.decode(raw, type=SuspicionReport)
-        for shard in report.scores["disagreement"]:
-            passed = ((leaf, score) for leaf, score in enumerate(report.of(shard)) if score is not None)
-            scores |= {RecordRef(name, shard, leaf): score / 1000 for leaf, score in passed}
-    return scores
+def verdict(scene: Scene, manifest: RunManifest, url: str) -> VerdictStatement:
+    """The model user asks who is responsible for the answers to the inputs that it traced, and has that verified."""
+    home, out = scene.project.users[USER].folder, scene.folder / "verdict"
+    scene.members.start(
+        *("verdict", "verdict", scene.folder / "data" / "triggered.npy", "--url", url, "--home", home),
+        *(*scene.plan, *scene.policy, "--out", out, "--report", out / "verdict.html"),
+    ).result()
+    digest = scene.project.plan.digest()
+    scene.members.start(
+        "verify-verdict", "verify", out / "bundle.json", "--plan-digest", digest, *scene.policy
+    ).result()
+    envelope = msgspec.json.decode((out / "verdict.json").read_bytes(), type=Envelope)
+    return open_envelope(envelope, "verdict", manifest.enclave_signing_key, VerdictStatement, step="read verdict")
+
+
+def hunts(joined: JoinResults) -> dict[str, SuspicionReport]:
+    """Each party's own report: only the demo sees all of them."""
+    return {
+        name: msgspec.json.decode((Path(result["folder"]) / "suspicion.json").read_bytes(), type=SuspicionReport)
+        for name, result in joined.items()
+    }
 
 
 def _npy(scene: Scene, name: str, array: NDArray[np.uint8]) -> Path:

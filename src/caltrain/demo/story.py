@@ -26,9 +26,10 @@ from caltrain.participant.receive import RunRecord, read_chain
 from caltrain.presets import PresetName
 from caltrain.project import DEFAULT_PARTIES, Project, create_project
 from caltrain.provenance.chain import verify_chain
+from caltrain.provenance.verdict import VerdictStatement
 from caltrain.reports.html import write_report
 from caltrain.reports.progress import training_figures, watch
-from caltrain.reports.terminal import simulated_note, step_line
+from caltrain.reports.terminal import in_words, simulated_note, step_line
 
 MAX_TRACED = 400
 _SECONDS = 3600
@@ -61,7 +62,7 @@ def tell(
         users=[USER],
         two_way=form == "two-way",
         reveal_seed=True,
-        budget=MAX_TRACED,
+        budget=2 * MAX_TRACED,  # each input is traced, and judged
         epochs=epochs,
     )
     names = ", ".join(DEFAULT_PARTIES)
@@ -69,10 +70,10 @@ def tell(
     with crew(folder / "logs") as members:
         finished = _run(Scene(folder, project, scenario, members), console)
     plain = train_plainly(finished)
-    console.print(step_line(12, "report", "compared with plain PyTorch on the same records and seed\n"))
+    console.print(step_line(13, "report", "compared with plain PyTorch on the same records and seed\n"))
     report = folder / "report.html"
     result = figures(finished, plain, data=data, seconds=time.monotonic() - began, report=report)
-    write_report(report, assemble(finished, result))
+    write_report(report, assemble(finished, result, plain))
     return result
 
 
@@ -85,7 +86,7 @@ def _new_folder(out: Path, data: PresetName) -> Path:
 
 
 def _run(scene: Scene, console: Console) -> Finished:
-    """Steps 2 to 11, in processes."""
+    """Steps 2 to 12, in processes."""
 
     def say(number: int, name: str, text: str) -> None:
         console.print(step_line(number, name, text))
@@ -109,13 +110,15 @@ def _run(scene: Scene, console: Console) -> Finished:
         rows = _rows_to_trace(scene.scenario, predicted)
         traces = steps.trace(scene, rows, url)
         say(9, "trace", f"{len(traces)} triggered inputs, sealed, by the model user {USER}")
+        verdict = steps.verdict(scene, record.manifest, url)
+        say(10, "verdict", _verdict_in_words(verdict))
         disputes = settle(scene, record.manifest, traces[: steps.SHOWN], url)
         refused, disclosed = sum(d.refused for d in disputes), sum(len(d.records) for d in disputes)
-        say(10, "disclose", f"{disclosed} records verified offline, {refused} substitutes refused")
+        say(11, "disclose", f"{disclosed} records verified offline, {refused} substitutes refused")
         chain = read_chain(host.artifact("chain.jsonl"))
     key = record.manifest.enclave_signing_key
     events = verify_chain(chain, run=record.manifest.run, signing_key=key, head=record.head)
-    say(11, "chain", f"{len(events)} signed events, through the head that the parties kept")
+    say(12, "chain", f"{len(events)} signed events, through the head that the parties kept")
     return Finished(
         project=scene.project,
         scenario=scene.scenario,
@@ -127,7 +130,8 @@ def _run(scene: Scene, console: Console) -> Finished:
         predicted_triggered=triggered,
         traced_inputs=rows,
         traces=traces,
-        suspicion=steps.suspicion(joined),
+        verdict=verdict,
+        hunts=steps.hunts(joined),
         disputes=disputes,
         events=events,
         sandbox=status.sandbox,
@@ -141,6 +145,14 @@ def _tell_of_training(status: RunStatus, project: Project, say: Callable[[int, s
     say(6, "train", f"{status.epochs} epochs, {inside} inside; {training_figures(status)}")
     say(7, "release", f"{inside} sealed to each party, CenterNet in clear")
     say(8, "link", "a fingerprint of each record; the model is named by its digest")
+
+
+def _verdict_in_words(said: VerdictStatement) -> str:
+    if not said.responsible:
+        return f"cannot tell who is responsible: {said.reason}"
+    names, p_value = " and ".join(said.responsible), max(b.adjusted for b in said.blamed if b.responsible)
+    records = f"{said.found} records, estimated precision {in_words(said.precision)}"
+    return f"responsible: {names} (p at most {p_value:g}), by {records}"
 
 
 def _rows_to_trace(scenario: Scenario, predicted: NDArray[np.int64]) -> NDArray[np.int64]:

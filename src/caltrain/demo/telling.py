@@ -6,19 +6,24 @@ import numpy as np
 
 from caltrain.demo.compare import Finished
 from caltrain.demo.disputes import Dispute
-from caltrain.demo.result import DemoResult, Party, Story, TracedInput, TracedPicture
+from caltrain.demo.result import DemoResult, Party, Quality, Story, TracedInput, TracedPicture
 from caltrain.demo.scenario import Holding
+from caltrain.demo.space import flatten
+from caltrain.models.network import Network
 from caltrain.records.schema import decode_record
 from caltrain.reports.pictures import png
 
 
-def assemble(finished: Finished, result: DemoResult) -> Story:
-    """Everything that the report shows."""
+def assemble(finished: Finished, result: DemoResult, plain: Network) -> Story:
+    """Everything that the report shows; `plain` is the run repeated plainly."""
     losses = [float(event.body["loss"]) for event in finished.events if event.kind == "epoch"]
     return Story(
         result=result,
         parties=tuple(_party(finished, holding) for holding in finished.scenario.holdings),
         losses=tuple(losses),
+        verdict=finished.verdict,
+        space=flatten(finished, plain),
+        quality=tuple(_quality(finished, holding) for holding in finished.scenario.holdings),
         traced=tuple(_traced(finished, dispute, index) for index, dispute in enumerate(finished.disputes)),
         events=tuple((e.sequence, e.kind, _brief(e.body)) for e in finished.events),
         sandbox=finished.sandbox,
@@ -27,7 +32,9 @@ def assemble(finished: Finished, result: DemoResult) -> Story:
 
 def _party(finished: Finished, holding: Holding) -> Party:
     neighbours = [n.record.party for trace in finished.traces for n in trace.neighbours]
-    own = [score for reference, score in finished.suspicion.items() if reference.party == holding.name]
+    own = [
+        score for reference, score in finished.suspicion_of("disagreement").items() if reference.party == holding.name
+    ]
     role = "hides a backdoor" if holding.poisoned.any() else "careless" if holding.mislabelled.any() else "honest"
     return Party(
         name=holding.name,
@@ -37,6 +44,15 @@ def _party(finished: Finished, holding: Holding) -> Party:
         mislabelled=int(holding.mislabelled.sum()),
         blame=neighbours.count(holding.name) / max(len(neighbours), 1),
         suspicion=float(np.mean(own)),
+    )
+
+
+def _quality(finished: Finished, holding: Holding) -> Quality:
+    return Quality(
+        party=holding.name,
+        wrong_labels=finished.hunts[holding.name].wrong_labels[holding.name],
+        mislabelled=float(holding.mislabelled.mean()),
+        planted=float(holding.poisoned.mean()),
     )
 
 

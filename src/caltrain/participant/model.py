@@ -45,6 +45,11 @@ class JoinedModel:
 
 def predict(module: Network, plan: Plan, images: NDArray[np.generic]) -> NDArray[np.float32]:
     """Probabilities (N, classes), in batches of 256 so that a row's bits depend on its place in them alone."""
+    return embed(module, plan, images)[1]
+
+
+def embed(module: Network, plan: Plan, images: NDArray[np.generic]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Fingerprints (N, D) of length one and probabilities (N, classes) of at least one image, as `predict` batches."""
     torch.set_num_threads(plan.training.threads)
     found = []
     with torch.inference_mode():
@@ -52,9 +57,9 @@ def predict(module: Network, plan: Plan, images: NDArray[np.generic]) -> NDArray
             part = torch.from_numpy(np.array(images[start : start + _BATCH]))
             part = center_crop(part, plan.model.size)
             x = normalise(part, plan.data, channels_last=plan.training.channels_last)
-            found.append(features_and_logits(module, plan.model, x)[1].softmax(1))
-    probabilities: NDArray[np.float32] = torch.cat(found).numpy()
-    return probabilities
+            found.append(features_and_logits(module, plan.model, x))
+    fingerprints, logits = (torch.cat(each) for each in zip(*found, strict=True))
+    return fingerprints.numpy(), logits.softmax(1).numpy()
 
 
 def load_model(folder: Path, *, wheel: bytes | None = None) -> JoinedModel:

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 from markupsafe import Markup
 
 from caltrain.exposure.figures import Estimate
@@ -15,6 +14,7 @@ from caltrain.exposure.policy import key_of
 from caltrain.exposure.report import MEASURES, CutReport, ExposureReport, of_scores
 from caltrain.files import write_whole
 from caltrain.reports.exposure_text import findings
+from caltrain.reports.page import environment
 from caltrain.reports.pictures import data_uri, png
 from caltrain.reports.plot import Points, line_plot
 
@@ -35,13 +35,10 @@ class Strip(NamedTuple):
 
 def write_exposure(path: Path, report: ExposureReport, gallery: Gallery) -> None:
     """Render to `path`. Raises EnvironmentFault `file.not-written`."""
-    environment = Environment(
-        loader=PackageLoader("caltrain.reports"), autoescape=select_autoescape(), undefined=StrictUndefined
-    )
-    environment.filters["percent"] = lambda share: f"{share:.1%}"
-    environment.filters["estimate"] = estimate
-    environment.tests["at_floor"] = lambda value, measure: at_floor(measure, value, report.floors)
-    page = environment.get_template("exposure.html").render(
+    pages = environment()
+    pages.filters["estimate"] = estimate
+    pages.tests["at_floor"] = lambda value, measure: at_floor(measure, value, report.floors)
+    page = pages.get_template("exposure.html").render(
         report=report,
         cuts=sorted(report.cuts.items()),
         attacks=attacks_of(report.cuts),

@@ -4,28 +4,27 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
-
 from caltrain.demo.result import Story
-from caltrain.files import write_whole
-from caltrain.reports.pictures import data_uri
-from caltrain.reports.terminal import center_note
+from caltrain.reports.intervals import bars
+from caltrain.reports.page import write_page
+from caltrain.reports.space import panels
+from caltrain.reports.verdict import kinds_of
 
 _WIDTH, _HEIGHT = 520, 120
 
 
 def write_report(path: Path, story: Story) -> None:
     """Render `story` to `path`."""
-    environment = Environment(
-        loader=PackageLoader("caltrain.reports"), autoescape=select_autoescape(), undefined=StrictUndefined
+    write_page(
+        path,
+        "demo.html",
+        story=story,
+        result=story.result,
+        kinds=kinds_of(story.verdict),
+        curve=_curve(story.losses),
+        panels=panels(story.space, [party.name for party in story.parties]),
+        bars=bars([(q.wrong_labels, q.mislabelled) for q in story.quality]),
     )
-    environment.filters["data_uri"] = data_uri
-    environment.filters["percent"] = lambda share: f"{share:.1%}"
-    template = environment.get_template("demo.html")
-    page = template.render(
-        story=story, result=story.result, curve=_curve(story.losses), center_note=center_note(story.result.audit_rate)
-    )
-    write_whole(path, page.encode())
 
 
 def _curve(losses: tuple[float, ...]) -> str:

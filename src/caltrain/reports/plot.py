@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 
 Points = Sequence[tuple[float, float]]
 _WIDTH, _HEIGHT, _LEFT, _TOP, _RIGHT, _BOTTOM = 640, 400, 60, 60, 20, 50
-_COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377")  # Paul Tol's bright scheme
+COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377")  # Paul Tol's bright scheme
 
 
 def line_plot(lines: Mapping[str, Points], *, title: str, x: str, y: str) -> str:
@@ -25,9 +25,9 @@ def line_plot(lines: Mapping[str, Points], *, title: str, x: str, y: str) -> str
     )
     parts += [_rule_x(v, across) for v in across] + [_rule_y(v, up) for v in up]
     for number, (name, line) in enumerate(lines.items()):
-        colour = _COLOURS[number % len(_COLOURS)]
+        colour = COLOURS[number % len(COLOURS)]
         drawn = " ".join(place(p) for p in line)
-        dash = "" if number < len(_COLOURS) else ' stroke-dasharray="5 3"'
+        dash = "" if number < len(COLOURS) else ' stroke-dasharray="5 3"'
         parts.append(f'<polyline points="{drawn}" fill="none" stroke="{colour}" stroke-width="2"{dash}/>')
         parts += [
             f'<circle cx="{p[0]}" cy="{p[1]}" r="3" fill="{colour}"/>' for p in (place(q).split(",") for q in line)

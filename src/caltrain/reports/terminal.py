@@ -14,6 +14,7 @@ from rich.text import Text
 
 from caltrain.demo.result import DemoResult
 from caltrain.doctor import DoctorReport, Finding, SandboxTrial
+from caltrain.exposure.figures import Estimate
 
 _MARKS = {"yes": ("yes", "green"), "no": ("no", "yellow"), "unknown": ("?", "dim")}
 
@@ -37,6 +38,11 @@ def center_note(audit_rate: float, resumes: int = 0) -> str:
         restarts = f" The run was taken up again {resumes} times: a host could have hidden a finding that way."
         return note + (restarts if resumes else "")
     return "center not audited: a hostile host could have planted what no record shows."
+
+
+def in_words(share: Estimate) -> str:
+    """A share with its 95 % interval."""
+    return f"{share.value:.1%} ({share.low:.1%} to {share.high:.1%})"
 
 
 def step_line(number: int, name: str, text: str) -> Table:
@@ -64,6 +70,9 @@ def print_result(result: DemoResult, console: Console) -> None:
     table.add_row(f"traces that name {result.culprit}, the culprit", f"{result.trace_contributor_accuracy:.4f}", "")
     table.add_row("mislabelled records found (AUROC)", f"{result.mislabel_auroc:.4f}", "")
     table.add_section()
+    table.add_row("the verdict holds responsible", plain(", ".join(result.verdict_contributors) or "cannot tell"), "")
+    table.add_row("its records: precision, recall", _named(result), "")
+    table.add_section()
     table.add_row("disclosures verified", f"{result.disclosures_verified} of {result.disclosures}", "")
     table.add_row("substitutes refused", f"{result.substitutions_refused} of {result.substitutions}", "")
     table.add_row("events in the chain", str(result.events), "")
@@ -72,6 +81,12 @@ def print_result(result: DemoResult, console: Console) -> None:
     console.print(simulated_note())
     console.print(center_note(result.audit_rate))
     console.print(Text.assemble("report: ", plain(_near(result.report))), soft_wrap=True)
+
+
+def _named(result: DemoResult) -> str:
+    """How right the records are that a verdict names."""
+    precision = "none" if result.verdict_precision is None else f"{result.verdict_precision:.4f}"
+    return f"{precision}, {result.verdict_recall:.4f}"
 
 
 def _near(path: str) -> str:

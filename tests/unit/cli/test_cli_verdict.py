@@ -26,6 +26,7 @@ from caltrain.participant.identity import create_identity
 from caltrain.project import Project
 from caltrain.provenance.verdict import VerdictStatement
 from support.commands import Cli
+from support.pages import Page, assert_harmless
 from support.verdicts import NOBODY, asked_for_verdict, somebody, verdict_bundle
 from support.world import World
 
@@ -100,6 +101,29 @@ def test_a_verdict_may_name_nobody(project: Project, inputs: Path, enclave: dict
     assert "cannot tell who is responsible\nnothing\n" in text
     assert "held responsible" not in text
     assert cli("verdict", inputs, *asking(project), as_json=True).json["responsible"] == []
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_a_verdict_can_be_had_as_a_page(
+    named: bool, project: Project, inputs: Path, tmp_path: Path, enclave: dict[str, Any], cli: Cli
+) -> None:
+    enclave["named"] = named
+    path = tmp_path / "reports" / "verdict.html"
+    assert cli("verdict", inputs, *asking(project), "--report", path, as_json=True).json["suspects"] == 12 * named
+    page = Page.of(path)
+    assert_harmless(page)
+    assert ("beta is responsible" in page.words) == named
+    assert ("It cannot be told who is responsible" in page.words) != named
+    assert f"{inputs}:2" in page.words
+
+
+def test_a_page_that_cannot_be_written_does_not_cost_the_verdict(
+    project: Project, inputs: Path, tmp_path: Path, enclave: dict[str, Any], cli: Cli
+) -> None:
+    shown = cli("verdict", inputs, *asking(project), "--report", tmp_path)
+    assert shown.code == 18
+    assert "responsible: beta" in shown.out
+    assert enclave["kind"] == "verdict"
 
 
 def test_a_folder_of_inputs_is_asked_about_in_the_order_of_its_names(

@@ -70,6 +70,22 @@ def test_a_trace_names_the_culprit_only_with_more_than_half_of_its_neighbours() 
 
 
 @pytest.mark.parametrize(
+    ("named", "precision", "recall"),
+    [
+        ([], None, 0.0),
+        ([ref("eve", 0), ref("eve", 1)], 1.0, 1.0),
+        ([ref("eve", 0), ref("eve", 2), ref("bob", 2), ref("ann", 0)], 0.25, 0.5),
+        ([ref("bob", 2)], 0.0, 0.0),  # a wrong label, but not planted
+    ],
+)
+def test_a_verdict_is_held_against_what_was_planted(
+    named: list[RecordRef], precision: float | None, recall: float
+) -> None:
+    assert evaluate.poison_precision(named, LINEAGE) == precision
+    assert evaluate.poison_recall(named, LINEAGE) == recall
+
+
+@pytest.mark.parametrize(
     ("own", "expected"),
     [
         (1.0, 1.0),  # above all others

@@ -15,6 +15,7 @@ from caltrain.demo.scenario import TRIALS, Scenario
 from caltrain.errors import DataError
 from caltrain.records.readers import Dataset
 from caltrain.reports.pictures import png
+from support.results import NOBODY, said
 
 
 def scene(labels: list[int]) -> Scenario:
@@ -32,6 +33,13 @@ def test_inputs_to_trace_are_found_and_bounded() -> None:
 def test_a_model_that_gets_nothing_right_is_a_named_error(predicted: list[int]) -> None:
     with pytest.raises(DataError, match=r"^demo\.nothing-to-trace: "):
         story._rows_to_trace(scene([7, 1, 2]), np.array(predicted))
+
+
+def test_the_verdict_is_told_in_a_line_or_two() -> None:
+    assert story._verdict_in_words(said()) == (
+        "responsible: dogwood (p at most 0.0002), by 26 records, estimated precision 97.5% (92.0% to 100.0%)"
+    )
+    assert story._verdict_in_words(NOBODY) == "cannot tell who is responsible: the reason"
 
 
 def test_every_demo_has_a_folder_of_its_own(tmp_path: Path) -> None:

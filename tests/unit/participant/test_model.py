@@ -10,8 +10,9 @@ import pytest
 from caltrain.boundary import messages as m
 from caltrain.errors import ConfigError, DataError, IntegrityError
 from caltrain.models.weights import decode_state, encode_state
-from caltrain.participant.model import load_model
+from caltrain.participant.model import embed, load_model
 from caltrain.participant.receive import receive, run_folder
+from caltrain.records.commitment import RecordRef
 from support.folders import identity_of
 from support.samples import refused
 from support.scripted_host import ScriptedHost
@@ -41,6 +42,22 @@ def test_the_model_predicts_as_the_enclave_does(finished: World, run: Path) -> N
     classes, probabilities = load_model(run).predict(inputs)
     assert tuple(classes) == answers.predicted
     assert np.allclose(probabilities, answers.scores, atol=1e-5)
+
+
+def test_fingerprints_are_those_that_the_enclave_links(finished: World, run: Path) -> None:
+    model, (images, _) = load_model(run), finished.data()
+    fingerprints, probabilities = embed(model.module, model.plan, images.numpy())
+    assert np.linalg.norm(fingerprints, axis=1) == pytest.approx(np.ones(len(images)), abs=1e-5)
+    assert (probabilities == model.predict(images.numpy())[1]).all()
+    refs = [*finished.manifest.references()]
+    assert finished.run.linkage is not None
+    table = finished.run.linkage.table(finished.run.model_digest, limit=1 << 20)
+    linked = {
+        RecordRef(table.shards[source][0], table.shards[source][1], int(leaf)): row.numpy()
+        for source, leaf, row in zip(table.source, table.leaf, table.fingerprints, strict=True)
+    }
+    for reference, fingerprint in zip(refs, fingerprints, strict=True):
+        assert linked[reference] == pytest.approx(fingerprint, abs=1e-3)  # what is stored is rounded
 
 
 def test_inputs_of_another_form_are_refused(run: Path) -> None:

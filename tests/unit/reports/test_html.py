@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import base64
-import re
-from html.parser import HTMLParser
 from pathlib import Path
 
 import msgspec
@@ -13,47 +11,13 @@ import pytest
 from caltrain.demo.result import Story
 from caltrain.errors import EnvironmentFault
 from caltrain.reports.html import write_report
-from support.results import RESULT, story
-
-HOSTILE = """<script>alert(1)</script>"'><img src=x onerror=alert(1)>{{ 7 * 7 }}{% raw %}</style><b>"""
-HARMLESS_TAGS = {
-    *("html", "head", "meta", "title", "style", "body", "h1", "h2", "p", "b", "br", "div", "small", "code"),
-    *("figure", "img", "figcaption", "table", "tr", "th", "td", "details", "summary"),
-    *("svg", "g", "line", "polyline", "text"),
-}
+from support.pages import HOSTILE, Page, assert_harmless
+from support.results import NOBODY, RESULT, story
 
 
-class Page(HTMLParser):
-    """Tags, attributes and text of a page."""
-
-    def __init__(self, page: str) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str]]] = []
-        self.text: list[str] = []
-        self._inside: list[str] = []
-        self.style = ""
-        self.feed(page)
-        self.close()
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, {name: value or "" for name, value in attrs}))
-        self._inside.append(tag)
-
-    def handle_data(self, data: str) -> None:
-        if self._inside[-1:] == ["style"] and not self.style:
-            self.style = data
-        else:
-            self.text.append(data)
-
-    @property
-    def words(self) -> str:
-        return " ".join(" ".join(self.text).split())
-
-
-def render(told: Story, folder: Path) -> tuple[str, Page]:
+def render(told: Story, folder: Path) -> Page:
     write_report(folder / "report.html", told)
-    text = (folder / "report.html").read_text(encoding="utf-8")
-    return text, Page(text)
+    return Page.of(folder / "report.html")
 
 
 @pytest.fixture(params=["as it is", "hostile"])
@@ -62,32 +26,20 @@ def told(request: pytest.FixtureRequest) -> Story:
 
 
 def test_it_loads_nothing_and_runs_nothing(told: Story, tmp_path: Path) -> None:
-    text, page = render(told, tmp_path)
-    assert {tag for tag, _ in page.tags} <= HARMLESS_TAGS
-    for tag, attributes in page.tags:
-        for name, value in attributes.items():
-            assert not name.startswith("on"), (tag, name)
-            assert name not in {"href", "xlink:href", "action", "data", "srcset", "background", "http-equiv"}, tag
-            if name == "src":
-                assert re.fullmatch(r"data:image/png;base64,[A-Za-z0-9+/=]+", value)
-            if name == "style":
-                assert re.fullmatch(r"width: \d+\.\d%", value)
-    assert not re.search(r"url\(|@import|expression\(", page.style)
-    assert not re.search(r"https?:|//[a-z]", text)
+    assert_harmless(render(told, tmp_path))
 
 
 def test_names_and_classes_are_shown_as_text(tmp_path: Path) -> None:
-    text, page = render(story(party=HOSTILE, label=HOSTILE), tmp_path)
+    page = render(story(party=HOSTILE, label=HOSTILE), tmp_path)
     shown = " ".join(HOSTILE.split())
     assert page.words.count(shown) >= 4  # the party in its row, twice as contributor, in an event; the label
-    assert "<script" not in text
     assert "49" not in page.words.replace("0.49", "")
-    _, same = render(story(), tmp_path)
+    same = render(story(), tmp_path)
     assert [tag for tag, _ in page.tags] == [tag for tag, _ in same.tags]
 
 
 def test_it_says_that_the_enclave_is_simulated_and_the_center_not_audited(told: Story, tmp_path: Path) -> None:
-    _, page = render(told, tmp_path)
+    page = render(told, tmp_path)
     assert "simulated enclave" in page.words.lower()
     assert "could read everything" in page.words
     assert "center not audited" in page.words.lower()
@@ -95,7 +47,7 @@ def test_it_says_that_the_enclave_is_simulated_and_the_center_not_audited(told: 
 
 
 def test_it_shows_figures_pictures_parties_and_the_chain(tmp_path: Path) -> None:
-    _, page = render(story(), tmp_path)
+    page = render(story(), tmp_path)
     for words in (
         *("0.9800", "identical", "99.8%", "99.9%", "100.0%", "of 399 traces name the culprit", "1.000"),
         *("a 3 , predicted 7", "1. dogwood", "labelled 7", "d = 0.25", "27 of 27 disclosures verified"),
@@ -109,8 +61,84 @@ def test_it_shows_figures_pictures_parties_and_the_chain(tmp_path: Path) -> None
     assert framed == ["input", "planted", "planted"]
 
 
+def test_it_shows_the_verdict_with_how_sure_it_is_and_what_it_rests_on(tmp_path: Path) -> None:
+    page = render(story(), tmp_path)
+    for words in (
+        *("dogwood held responsible by the verdict", "96.2% of the 26 records that the verdict names were planted"),
+        *("100.0% of the planted records are named by the verdict", "dogwood is responsible"),
+        *("26 records are held responsible", "an estimated 97.5% (92.0% to 100.0%) are so", "p, at most"),
+        *("p, corrected for all looks", "dogwood 99.9% 25.0% 0.0001 0.0002", "alder 3.0% 25.0% 1 1"),
+        *("3 inputs, by kind: trigger 2, hard 1", "the culprit is dogwood", "96.2% were planted (precision)"),
+    ):
+        assert words in page.words, words
+    verdict = page.words[page.words.index("The verdict") : page.words.index("The fingerprint space")]
+    assert "Simulated enclave : its operator could have read everything" in verdict
+    assert "center not audited" in verdict.lower()
+    bars = [a["style"] for a in page.all_of("div") if a.get("class") == "bar"]
+    assert bars == ["width: 99.9%", "width: 3.0%", "width: 0.0%", "width: 100.0%"]
+
+
+def test_a_verdict_that_cannot_tell_accuses_nobody(tmp_path: Path) -> None:
+    result = msgspec.structs.replace(
+        RESULT, verdict_contributors=(), verdict_records=0, verdict_precision=None, verdict_recall=0.0
+    )
+    page = render(msgspec.structs.replace(story(result=result), verdict=NOBODY), tmp_path)
+    for words in (
+        *("cannot tell is what the verdict says", "It cannot be told who is responsible", "No record is held"),
+        *("none of the records is named", "No record was named"),
+    ):
+        assert words in page.words, words
+    assert "is responsible" not in page.words.lower().replace("who is responsible", "")
+    assert not [a for a in page.all_of("tr") if a.get("class") == "named"]
+
+
+@pytest.mark.parametrize("named", [("dogwood",), ("alder",), ("alder", "dogwood")])
+def test_only_the_culprit_alone_is_marked_as_right(named: tuple[str, ...], tmp_path: Path) -> None:
+    page = render(story(result=msgspec.structs.replace(RESULT, verdict_contributors=named)), tmp_path)
+    tile = page.raw.partition("held responsible by the verdict")[0].rpartition('class="tile"')[2]
+    assert ('"yes"' in tile) == (named == ("dogwood",))
+    assert ('"no"' in tile) == (named != ("dogwood",))
+
+
+def test_the_fingerprint_space_is_drawn_by_contributor_and_by_suspicion(tmp_path: Path) -> None:
+    page = render(story(), tmp_path)
+    views = [a for a in page.all_of("svg") if a.get("class") == "space"]
+    assert [a["aria-label"] for a in views] == [
+        "fingerprints by contributor",
+        "fingerprints by suspicion, before the release",
+    ]
+    for words in (
+        *("a training record labelled 7 , 3 drawn from 5", "one of 2 triggered inputs", "alder 1", "dogwood 2"),
+        *("0 to 0.1 1", "0.25 to 0.5 1", "0.5 to 1 1", "named by the verdict", "planted (the demo knows)"),
+        *("Fingerprints never leave the enclave in clear", "this plan reveals it", "To the right:"),
+    ):
+        assert words in page.words, words
+
+
+def test_a_space_without_suspects_is_not_said_to_show_them(tmp_path: Path) -> None:
+    space = msgspec.structs.replace(story().space, parted=False, of=3)
+    page = render(msgspec.structs.replace(story(), space=space), tmp_path)
+    assert "To the right" not in page.words
+    assert "all 3, where" in page.words
+    assert "directions in which the records differ most" in page.words
+
+
+def test_each_contributors_quality_is_shown_with_its_interval_and_the_truth(tmp_path: Path) -> None:
+    page = render(story(), tmp_path)
+    quality = page.words[page.words.index("The quality of") : page.words.index("Training")]
+    for words in (
+        "0 to 20 %",
+        "alder 336 10.7% (5.4% to 17.0%) 10.1% 0.0%",
+        "dogwood 337 0.2% (0.0% to 5.1%) 0.0% 7.7%",
+    ):
+        assert words in quality
+    assert "One run" in quality
+    assert "M64.8 9H204.0" in page.raw
+    assert "M121.2 1v16" in page.raw
+
+
 def test_the_loss_curve_goes_down_in_its_box(tmp_path: Path) -> None:
-    _, page = render(story(), tmp_path)
+    page = render(story(), tmp_path)
     points = next(attributes["points"] for tag, attributes in page.tags if tag == "polyline")
     assert points == "0.0,0.0 260.0,60.0 520.0,90.0"
 
@@ -122,7 +150,7 @@ def test_a_flat_curve_is_no_error(losses: tuple[float, ...], tmp_path: Path) -> 
 
 
 def test_different_weights_are_not_called_identical(tmp_path: Path) -> None:
-    _, page = render(story(result=msgspec.structs.replace(RESULT, weights_identical=False)), tmp_path)
+    page = render(story(result=msgspec.structs.replace(RESULT, weights_identical=False)), tmp_path)
     assert "different" in page.words
     assert "identical" not in page.words
 

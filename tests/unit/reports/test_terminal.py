@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 
 import msgspec
 import pytest
@@ -16,24 +17,27 @@ HOSTILE = "[red]x[/red] \x1b[2J\x07"
 
 RESULT_SCREEN = """\
 CalTrain demo on digits (ternary, simulated enclave)
-┏━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━┳━━━━━━━━━━━━━━┳━━━━━━━━━━━━━━━┓
-┃                                       ┃    protected ┃ plain PyTorch ┃
-┡━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━╇━━━━━━━━━━━━━━╇━━━━━━━━━━━━━━━┩
-│ accuracy                              │       0.9800 │        0.9800 │
-│ attack success                        │       0.9975 │        0.9975 │
-│ weights identical, bit for bit        │          yes │               │
-├───────────────────────────────────────┼──────────────┼───────────────┤
-│ records, of which planted             │ 1,347, 1.93% │               │
-│ triggered inputs traced               │          399 │               │
-│ planted among the nine nearest        │       0.9987 │               │
-│ traces that name dogwood, the culprit │       1.0000 │               │
-│ mislabelled records found (AUROC)     │       0.9996 │               │
-├───────────────────────────────────────┼──────────────┼───────────────┤
-│ disclosures verified                  │     27 of 27 │               │
-│ substitutes refused                   │     27 of 27 │               │
-│ events in the chain                   │          115 │               │
-│ seconds                               │         42.0 │               │
-└───────────────────────────────────────┴──────────────┴───────────────┘
+┏━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━┳━━━━━━━━━━━━━━━━┳━━━━━━━━━━━━━━━┓
+┃                                       ┃      protected ┃ plain PyTorch ┃
+┡━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━╇━━━━━━━━━━━━━━━━╇━━━━━━━━━━━━━━━┩
+│ accuracy                              │         0.9800 │        0.9800 │
+│ attack success                        │         0.9975 │        0.9975 │
+│ weights identical, bit for bit        │            yes │               │
+├───────────────────────────────────────┼────────────────┼───────────────┤
+│ records, of which planted             │   1,347, 1.93% │               │
+│ triggered inputs traced               │            399 │               │
+│ planted among the nine nearest        │         0.9987 │               │
+│ traces that name dogwood, the culprit │         1.0000 │               │
+│ mislabelled records found (AUROC)     │         0.9996 │               │
+├───────────────────────────────────────┼────────────────┼───────────────┤
+│ the verdict holds responsible         │        dogwood │               │
+│ its records: precision, recall        │ 0.9615, 1.0000 │               │
+├───────────────────────────────────────┼────────────────┼───────────────┤
+│ disclosures verified                  │       27 of 27 │               │
+│ substitutes refused                   │       27 of 27 │               │
+│ events in the chain                   │            115 │               │
+│ seconds                               │           42.0 │               │
+└───────────────────────────────────────┴────────────────┴───────────────┘
 simulated enclave: its operator can read everything; nothing is confidential.
 center not audited: a hostile host could have planted what no record shows.
 report: /somewhere/digits-1/report.html
@@ -49,6 +53,16 @@ def test_the_result_is_one_table() -> None:
     console, file = shown()
     print_result(RESULT, console)
     assert "\n".join(line.rstrip() for line in file.getvalue().split("\n")) == RESULT_SCREEN
+
+
+def test_a_verdict_that_names_nobody_is_said_to_be_that() -> None:
+    console, file = shown()
+    result = msgspec.structs.replace(
+        RESULT, verdict_contributors=(), verdict_records=0, verdict_precision=None, verdict_recall=0.0
+    )
+    print_result(result, console)
+    assert re.search("the verdict holds responsible +│ +cannot tell", file.getvalue())
+    assert re.search("its records: precision, recall +│ +none, 0.0000", file.getvalue())
 
 
 def test_weights_that_differ_are_not_overlooked() -> None:
