@@ -36,6 +36,7 @@ from caltrain.accountability.subset import grow, none, together
 ALPHA = 1e-3
 _NEAREST = 100
 _PARTNERS = 2
+_CONTRADICTED = 0.25  # of the accused records, by more than they contradict them compared with others'
 _LOOKED_AT = 1000
 _DISTINCT = 0.7
 _COMPETENT = 0.8
@@ -152,7 +153,7 @@ class _Class:
             witness.testify(own, forget=self.rows[found]),
         )
         doubts = torch.stack([doubt(said, labels) for said in heard]).min(0).values
-        if float((doubts > 0).float().mean()) < 0.5:
+        if float((doubts > 0).float().mean()) < _CONTRADICTED:
             return False
         theirs = self.dossier.doubt[self.rows[nearest]]
         return bool(mannwhitneyu(doubts, theirs, alternative="greater").pvalue <= alpha)
