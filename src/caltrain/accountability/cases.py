@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from caltrain.accountability.outcomes import Kind, Outcome
+
 _SAMPLE = 2000
 _LEAST = 1e-9
-Kind = Literal["trigger", "mislabelled", "ambiguous", "out-of-distribution", "hard"]
-Outcome = Literal["responsible", "cannot-tell"]
 
 
 @dataclass(frozen=True)

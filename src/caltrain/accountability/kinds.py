@@ -15,7 +15,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from caltrain.accountability.cases import Dossier, Kind, Links, Mispredictions
+from caltrain.accountability.cases import Dossier, Links, Mispredictions
+from caltrain.accountability.outcomes import Kind
 from caltrain.accountability.subset import CERTAIN, fisher
 
 CAUSED: tuple[Kind, ...] = ("trigger", "mislabelled")

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from caltrain.accountability.cases import Links
-from caltrain.accountability.regression import out_of_fold
 
 _DIMS = 10
 _SAMPLE = 2000
@@ -71,15 +69,6 @@ def silhouette(points: Tensor, second: Tensor) -> float:
     outside = sums.gather(1, 1 - own[:, None])[:, 0] / sizes[1 - own]
     each = (outside - inside) / torch.maximum(outside, inside).clamp_min(1e-12)
     return float(torch.where(sizes[own] > 1, each, torch.zeros(())).mean())
-
-
-def confident_learning(links: Links, *, classes: int) -> Tensor:
-    """Suspicion (N,) by cleanlab's self-confidence (Northcutt et al., JAIR 2021), on fingerprints out of fold."""
-    from cleanlab.rank import get_label_quality_scores  # noqa: PLC0415  # with pandas: only where it is asked for
-
-    given = F.one_hot(links.labels, classes).float()
-    said = out_of_fold(links.fingerprints, given, decay=1e-4).double().softmax(1)
-    return 1 - torch.from_numpy(get_label_quality_scores(links.labels.numpy(), said.numpy())).float()
 
 
 def _classes(links: Links) -> list[Tensor]:

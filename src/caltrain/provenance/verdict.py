@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Iterable
-from typing import Annotated, Literal
+from typing import Annotated
 
 import msgspec
 
+from caltrain.accountability.outcomes import Kind, Outcome
 from caltrain.attestation.evidence import Nonce
 from caltrain.boundary.sealed import MAX_QUESTIONS
 from caltrain.crypto.digests import Digest, to_raw, to_text
@@ -21,8 +22,6 @@ MAX_SUSPECTS = 1 << 16
 MAX_SUSPECT_SHARDS = 1 << 12
 """With more, the signed envelope would be too large."""
 MAX_REASON = 1000
-Kind = Literal["trigger", "mislabelled", "ambiguous", "out-of-distribution", "hard"]
-Outcome = Literal["responsible", "cannot-tell"]
 Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
 
 

@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from caltrain.accountability.cases import Dossier, Kind, Links, Mispredictions
+from caltrain.accountability.cases import Dossier, Links, Mispredictions
 from caltrain.accountability.kinds import kinds_of
+from caltrain.accountability.outcomes import Kind
 from support.dossiers import Told, sure
 
 AXES = torch.eye(6)

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import sys
-from types import ModuleType
-
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 
 from caltrain.accountability.cases import Links
-from caltrain.accountability.regression import out_of_fold
-from caltrain.accountability.scans import confident_learning, spectral
+from caltrain.accountability.scans import spectral
 
 
 def links_of(*sizes: int) -> Links:
@@ -58,26 +53,3 @@ def test_equal_fingerprints_and_no_records_have_scores() -> None:
     assert bool(spectral(same).isfinite().all())
     none = torch.empty(0, dtype=torch.int64)
     assert spectral(Links(torch.empty((0, 4)), none, none, ())).shape == (0,)
-
-
-def test_confident_learning_is_one_less_what_cleanlab_says_of_probabilities_out_of_fold(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """With a double of cleanlab that has its definition: loading the real one takes seconds."""
-
-    def self_confidence(labels: NDArray[np.int64], said: NDArray[np.float64]) -> NDArray[np.float64]:
-        assert np.allclose(said.sum(1), 1)
-        confidence: NDArray[np.float64] = said[np.arange(len(labels)), labels]
-        return confidence
-
-    rank = ModuleType("cleanlab.rank")
-    rank.get_label_quality_scores = self_confidence  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "cleanlab", ModuleType("cleanlab"))
-    monkeypatch.setitem(sys.modules, "cleanlab.rank", rank)
-    links = links_of(60, 60, 60)
-    turned = torch.arange(180) % 12 == 0
-    links.labels[turned] = (links.labels[turned] + 1) % 3
-    found = confident_learning(links, classes=3)
-    said = out_of_fold(links.fingerprints, F.one_hot(links.labels, 3).float(), decay=1e-4).exp()
-    assert torch.allclose(found, 1 - said.gather(1, links.labels[:, None])[:, 0], atol=1e-5)
-    assert float(found[turned].mean()) > 2 * float(found[~turned].mean())

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Callable
-from typing import Any, get_args
+from typing import Any
 
 import msgspec
 import numpy as np
 import pytest
 import torch
 
-from caltrain.accountability import cases
 from caltrain.accountability.cases import Dossier, Mispredictions, Verdict
+from caltrain.accountability.outcomes import Kind
 from caltrain.boundary import messages as m
 from caltrain.boundary.sealed import MAX_SEALED, Answers
 from caltrain.crypto.digests import canonical_json, digest, to_text
@@ -48,11 +48,6 @@ def judged_as(patch: pytest.MonkeyPatch, found: Callable[[], Verdict]) -> Judged
 
     patch.setattr(module, "judge", judge)
     return asked
-
-
-def test_words_of_a_statement_are_those_of_a_verdict() -> None:
-    assert get_args(statements.Kind) == get_args(cases.Kind)
-    assert get_args(statements.Outcome) == get_args(cases.Outcome)
 
 
 def test_a_verdict_is_judged_on_every_record_and_on_these_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -171,7 +166,7 @@ def test_a_reason_without_end_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_longest_verdict_has_room_and_an_envelope(inputs: int, parties: int, shards: int, records: int) -> None:
     named, listed = min(shards, statements.MAX_SUSPECT_SHARDS), min(records, statements.MAX_SUSPECTS)
     share, name = 0.123, "n" * 40
-    kind: statements.Kind = "out-of-distribution"
+    kind: Kind = "out-of-distribution"
     each = listed // named
     suspects = tuple(
         statements.SuspectRecords(

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from caltrain.accountability.attribution import GradientDot, Seen
 from caltrain.bench.accountability.peer import Peer
 from caltrain.bench.accountability.questions import NEAR, Answer, Question
 
@@ -51,8 +52,8 @@ class Gradients(Peer):
 
     def influence(self, question: Question) -> Tensor:
         """Of each record on each answer that is asked about (N, Q): positive where it made it likelier."""
-        asked = question.queries.probabilities - F.one_hot(question.predicted, self.classes)
-        return (self.errors @ asked.T) * (self.records.features @ question.queries.features.T + 1)
+        queries = Seen(question.queries.features, question.queries.probabilities, question.predicted)
+        return GradientDot(Seen(self.records.features, self.records.probabilities, self.given)).scores(queries).T
 
     def answer(self, question: Question) -> Answer:
         """By influence on all queries of a class together, and on each."""

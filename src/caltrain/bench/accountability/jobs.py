@@ -25,6 +25,7 @@ _HERE = "bench/accountability"
 _OURS = ("accountability", f"{_HERE}/ours.py", f"{_HERE}/questions.py")
 _PEERS = (
     "accountability/neighbours.py",
+    "accountability/attribution.py",
     *(f"{_HERE}/{name}.py" for name in ("peer", "clusters", "doubters", "attribution", "questions")),
 )
 
