@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from caltrain.accountability.cases import Dossier, Links, Mispredictions
+from caltrain.accountability.cases import Dossier, Heard, Links, Mispredictions
 
 CLASSES = 4
 CONTRIBUTORS = 4
@@ -62,10 +62,18 @@ class Drawn:
     asked: Mispredictions
     planted: Tensor
 
+    @property
+    def heard(self) -> Heard:
+        """What the only witness says."""
+        (heard,) = self.dossier.heard
+        return heard
+
     def told(self, table: Tensor, taught: Taught | None = None, *, apart: float = 0.5) -> Drawn:
         """The same before another witness."""
         links = self.dossier.links
-        return Drawn(Dossier(links, Told(table, links.labels, links.sources, taught, apart)), self.asked, self.planted)
+        return Drawn(
+            Dossier(links, (Told(table, links.labels, links.sources, taught, apart),)), self.asked, self.planted
+        )
 
 
 def sure(shown: Tensor, *, classes: int = CLASSES, odds: float = 3.0) -> Tensor:
@@ -120,7 +128,7 @@ def planted(seed: int, *, culprits: tuple[int, ...] = (1,), each: int = 30, hone
         tuple("abcd"),
     )
     asked = Mispredictions(around(trigger, 20, generator, spread=0.3), torch.full((20,), TARGET))
-    return Drawn(Dossier(links, Told(table, links.labels, links.sources, Taught(rows))), asked, rows)
+    return Drawn(Dossier(links, (Told(table, links.labels, links.sources, Taught(rows)),)), asked, rows)
 
 
 def honest(seed: int, *, records: int = 300) -> Drawn:
@@ -139,7 +147,7 @@ def honest(seed: int, *, records: int = 300) -> Drawn:
     table = unsure(torch.where(doubted, (labels + 1) % CLASSES, labels), generator, noise=0.7)
     links = Links(fingerprints, labels, sources, tuple("abcd"))
     asked = Mispredictions(around(direction, 5, generator), torch.full((5,), TARGET))
-    return Drawn(Dossier(links, Told(table, labels, sources)), asked, torch.empty(0, dtype=torch.int64))
+    return Drawn(Dossier(links, (Told(table, labels, sources),)), asked, torch.empty(0, dtype=torch.int64))
 
 
 def pictures(shown: Tensor, generator: torch.Generator, *, size: int = 12, noise: float = 12.0) -> Tensor:

@@ -1,4 +1,4 @@
-"""What a verdict is given and what it says: links, mispredictions, a witness; blame, kinds, records."""
+"""What a verdict is given and what it says: links, mispredictions, witnesses; blame, kinds, records."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ class Witness(Protocol):
 
 
 @dataclass(frozen=True)
-class Dossier:
-    """One model's links and the witness to their content: what every verdict on that model starts from."""
+class Heard:
+    """What one witness says of every record."""
 
     links: Links
     witness: Witness
@@ -68,6 +68,24 @@ class Dossier:
     def doubt(self) -> Tensor:
         """By how much (N,) another class than its label is likelier for a record, in log odds."""
         return doubt(self.said, self.links.labels)
+
+
+@dataclass(frozen=True)
+class Dossier:
+    """One model's links and the witnesses to their content: what every verdict on that model starts from."""
+
+    links: Links
+    witnesses: tuple[Witness, ...]
+
+    @cached_property
+    def heard(self) -> tuple[Heard, ...]:
+        """What each witness says."""
+        return tuple(Heard(self.links, witness) for witness in self.witnesses)
+
+    @cached_property
+    def said(self) -> Tensor:
+        """Class probabilities (N, C) of every record by all witnesses together: the mean of their log odds."""
+        return torch.stack([heard.said.clamp_min(_LEAST).log() for heard in self.heard]).mean(0).softmax(1)
 
     @cached_property
     def usual_distance(self) -> float:

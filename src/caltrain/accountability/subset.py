@@ -25,8 +25,10 @@ CERTAIN = 2.94
 """Log odds of 0.95: what it takes to accuse a record."""
 
 
-def grow(fingerprints: Tensor, doubt: Tensor, *, seeds: Tensor, accused: Tensor) -> Suspects:
+def grow(fingerprints: Tensor, doubt: Tensor, *, seeds: Tensor, accused: Tensor) -> tuple[Suspects, Tensor]:
     """All records of `accused` (n,) that are like the `seeds` (n,), as row numbers of the class.
+
+    And the row numbers of all that are not cleared: these, and those of whom it is not certain that they are unlike.
 
     `fingerprints` (n, D), `doubt` (n,): how much the witness doubts each label. Both masks are boolean.
     """
@@ -41,7 +43,8 @@ def grow(fingerprints: Tensor, doubt: Tensor, *, seeds: Tensor, accused: Tensor)
             break
         seen.append(found)
         found = now
-    return _suspects(accused & (odds > CERTAIN), odds > CERTAIN, accused)
+    suspects = _suspects(accused & (odds > CERTAIN), odds > CERTAIN, accused)
+    return suspects, (accused & (odds > -CERTAIN)).nonzero().squeeze(1)
 
 
 def none() -> Suspects:
@@ -50,7 +53,7 @@ def none() -> Suspects:
 
 
 def together(found: Sequence[Suspects]) -> Suspects:
-    """Suspects of several classes as one."""
+    """Suspects of several classes, and of one before several witnesses, as one."""
     total = sum(len(each.rows) for each in found)
     if not total:
         return none()
@@ -59,7 +62,7 @@ def together(found: Sequence[Suspects]) -> Suspects:
         return sum(len(each.rows) * value for each, value in zip(found, values, strict=True)) / total
 
     return Suspects(
-        torch.cat([each.rows for each in found]),
+        torch.unique(torch.cat([each.rows for each in found])),
         mean(each.precision for each in found),
         mean(each.low for each in found),
         mean(each.high for each in found),

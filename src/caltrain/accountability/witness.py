@@ -1,15 +1,21 @@
-"""A witness to the content of records: a small model of what a picture shows, without what the accused taught.
+"""Witnesses to the content of records: small models of what a picture shows, without what the accused taught.
 
 Features are filters of whitened random patches with a two-sided threshold, averaged over places (Coates, Lee and Ng,
 AISTATS 2011; filters drawn instead of learned as by Coates and Ng, 2011); on them a ridge regression to the classes.
 Its normal equations are sums over records, so they can be had without any contributors by subtraction: whoever is
 accused has had no say in the witness. It is weaker than the trained network, and it owes nothing to it either: a
 network that was poisoned, or changed by the host, cannot speak for itself here.
+
+There are several, who look at the picture itself and at ever coarser ones. What is added to a picture moves a small
+model some way, at times to just the class that the label names; it seldom does so at every scale.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
@@ -18,30 +24,34 @@ from torch import Tensor
 
 _PATCH = 6
 _PLACES = 20_000  # patches that the filters are whitened by
-_AT_ONCE = 128
+_AT_ONCE = 16  # small enough that what is worked on stays in the cache
+_SHRINKS = (1, 2, 4)
+_ROWS_AT_ONCE = 1 << 13
+_SAMPLE = 2000
 _SOFTNESS = 4.0
 _LOOK = 0.1  # ridge, of the mean variance: a few hundred records against a thousand features
 
 
 @dataclass(frozen=True)
 class PatchFeatures:
-    """Filters (K, C, p, p) with biases (K,), pooled over a grid of `cells` x `cells`."""
+    """Filters (K, C, p, p) with biases (K,) of pictures `shrink` times smaller, pooled over `cells` x `cells`."""
 
     filters: Tensor
     bias: Tensor
     mean: Tensor
     scale: Tensor
+    shrink: int = 1
     cells: int = 2
     threshold: float = 0.5
 
     @classmethod
-    def draw(cls, images: Tensor, *, filters: int = 128, seed: int) -> PatchFeatures:
+    def draw(cls, images: Tensor, *, filters: int = 128, seed: int, shrink: int = 1) -> PatchFeatures:
         """Filters from patches of `images` (n, C, H, W), u8 or f32: a sample that the accused is a part of at most.
 
         A patch of theirs as a filter says what is looked for, not what it means.
         """
         generator = torch.Generator().manual_seed(seed)
-        x = images.float()
+        x = _shrunk(images, shrink)
         mean, scale = x.mean(), x.std(correction=0).clamp_min(1e-6)
         patches = _patches((x - mean) / scale, generator)
         patches = _normalised(patches)
@@ -54,8 +64,8 @@ class PatchFeatures:
         rows = (patches[chosen] - center) @ whiten
         rows = rows / rows.norm(dim=1, keepdim=True).clamp_min(1e-6)
         weights = rows @ whiten
-        shape = (len(rows), images.shape[1], *_size(images))
-        return cls(weights.reshape(shape), -(weights @ center), mean, scale)
+        shape = (len(rows), x.shape[1], *_size(x))
+        return cls(weights.reshape(shape), -(weights @ center), mean, scale, shrink)
 
     @property
     def dims(self) -> int:
@@ -66,7 +76,7 @@ class PatchFeatures:
         """(n, C, H, W), u8 or f32, to (n, dims) float32; the last is one."""
         out = torch.empty((len(images), self.dims))
         for start in range(0, len(images), _AT_ONCE):
-            x = (images[start : start + _AT_ONCE].float() - self.mean) / self.scale
+            x = (_shrunk(images[start : start + _AT_ONCE], self.shrink) - self.mean) / self.scale
             out[start : start + len(x), :-1] = self._pooled(x)
         out[:, -1] = 1
         return out
@@ -78,10 +88,28 @@ class PatchFeatures:
         ones = torch.ones((1, channels, height, width))
         total = F.conv2d(x, ones) / size
         spread = (F.conv2d(x.square(), ones) / size - total.square()).clamp_min(0).add(0.01).sqrt()
-        raw = F.conv2d(x, self.filters) - self.filters.sum((1, 2, 3)).view(1, -1, 1, 1) * total
-        response = raw / spread + self.bias.view(1, -1, 1, 1)
-        both = torch.cat((F.relu(response - self.threshold), F.relu(-response - self.threshold)), 1)
-        return F.adaptive_avg_pool2d(both, self.cells).flatten(1)
+        response = F.conv2d(x, self.filters)
+        response -= self.filters.sum((1, 2, 3)).view(1, -1, 1, 1) * total
+        response /= spread
+        response += self.bias.view(1, -1, 1, 1)
+        sides = ((response - self.threshold).clamp_min_(0), (-response).sub_(self.threshold).clamp_min_(0))
+        return torch.cat([F.adaptive_avg_pool2d(side, self.cells) for side in sides], 1).flatten(1)
+
+
+def draw_views(images: Tensor, *, filters: int = 128, seed: int) -> tuple[PatchFeatures, ...]:
+    """As `PatchFeatures.draw` at every scale at which a picture of `images` (n, C, H, W) still holds a whole patch."""
+    most = min(images.shape[2:]) // _PATCH
+    return tuple(
+        PatchFeatures.draw(images, filters=filters, seed=seed, shrink=shrink)
+        for shrink in _SHRINKS
+        if shrink <= max(1, most)
+    )
+
+
+def _shrunk(images: Tensor, shrink: int) -> Tensor:
+    """(n, C, H, W), u8 or f32, to float32 of 1/`shrink` of the sides: means of squares."""
+    x = images.float()
+    return F.avg_pool2d(x, shrink) if shrink > 1 else x
 
 
 def _size(images: Tensor) -> tuple[int, int]:
@@ -111,20 +139,30 @@ class LeaveOut:
     grams: Tensor
     products: Tensor
     ridge: float = 1e-2
+    _known: dict[frozenset[int], Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     def predict(self, features: Tensor, *, without: frozenset[int], forget: tuple[Tensor, Tensor] | None) -> Tensor:
         """Class probabilities (R, C) for features (R, D), learned from all contributors but `without`.
 
         `forget` are features (F, D) and labels (F,) of records that do not count either.
         """
+        if forget is not None:
+            weights = self._weights(without, forget)
+        elif (known := self._known.get(without)) is not None:
+            weights = known
+        else:
+            weights = self._known[without] = self._weights(without, None)
+        return torch.softmax(_SOFTNESS * features @ weights, 1)
+
+    def _weights(self, without: frozenset[int], forget: tuple[Tensor, Tensor] | None) -> Tensor:
         kept = [p for p in range(len(self.grams)) if p not in without]
         gram, product = self.grams[kept].sum(0), self.products[kept].sum(0)
         if forget is not None:
             x, labels = forget
             gram, product = gram - x.T @ x, product - x.T @ targets(labels, product.shape[1])
         size = gram.diagonal().mean().clamp_min(1e-12)
-        weights = torch.linalg.solve(gram + self.ridge * size * torch.eye(len(gram)), product)
-        return torch.softmax(_SOFTNESS * features @ weights, 1)
+        weights: Tensor = torch.linalg.solve(gram + self.ridge * size * torch.eye(len(gram)), product)
+        return weights
 
 
 def targets(labels: Tensor, classes: int) -> Tensor:
@@ -147,52 +185,68 @@ def separation(one: Tensor, other: Tensor) -> float:
 
 
 class WitnessBuilder:
-    """Takes records in, batch by batch."""
+    """Takes records in, batch by batch, for a witness by each of `views`."""
 
-    def __init__(self, features: PatchFeatures, *, contributors: int, classes: int) -> None:
-        self.features, self.classes = features, classes
-        self._grams = torch.zeros((contributors, features.dims, features.dims))
-        self._products = torch.zeros((contributors, features.dims, classes))
+    def __init__(self, views: Sequence[PatchFeatures], *, contributors: int, classes: int) -> None:
+        self.views, self.classes = tuple(views), classes
+        self._grams = [torch.zeros((contributors, view.dims, view.dims)) for view in views]
+        self._products = [torch.zeros((contributors, view.dims, classes)) for view in views]
 
     def add(self, images: Tensor, labels: Tensor, sources: Tensor) -> Tensor:
-        """Records (n, C, H, W), (n,), (n,) into contributors; returns their features (n, D)."""
-        x = self.features.features(images)
+        """Records (n, C, H, W), (n,), (n,) into contributors; returns their features by all views (n, sum of dims)."""
+        found = [view.features(images) for view in self.views]
         y = targets(labels, self.classes)
         for contributor in set(sources.tolist()):
             own = sources == contributor
-            self._grams[contributor].addmm_(x[own].T, x[own])
-            self._products[contributor].addmm_(x[own].T, y[own])
-        return x
+            for x, gram, product in zip(found, self._grams, self._products, strict=True):
+                gram[contributor].addmm_(x[own].T, x[own])
+                product[contributor].addmm_(x[own].T, y[own])
+        return torch.cat(found, 1)
 
-    def done(self) -> LeaveOut:
-        """What was learned."""
-        return LeaveOut(self._grams, self._products)
+    def done(self) -> tuple[LeaveOut, ...]:
+        """What was learned, by view."""
+        return tuple(map(LeaveOut, self._grams, self._products))
 
 
-class PatchWitness:
-    """A witness over records that are at hand: images (N, C, H, W), labels (N,), sources (N,)."""
+def columns(views: Sequence[PatchFeatures]) -> list[slice]:
+    """Where each view's features are in a row of `WitnessBuilder.add`."""
+    ends = list(accumulate((view.dims for view in views), initial=0))
+    return list(map(slice, ends, ends[1:]))
 
-    def __init__(
-        self, images: Tensor, labels: Tensor, sources: Tensor, *, classes: int, seed: int, filters: int = 128
-    ) -> None:
-        generator = torch.Generator().manual_seed(seed)
-        sample = torch.randperm(len(images), generator=generator)[:2000]
-        builder = WitnessBuilder(
-            PatchFeatures.draw(images[sample], filters=filters, seed=seed),
-            contributors=int(sources.max()) + 1,
-            classes=classes,
-        )
-        self._features, self._labels, self._sources = builder.add(images, labels, sources), labels, sources
-        self._model = builder.done()
+
+@dataclass(frozen=True)
+class RidgeWitness:
+    """A witness by one view: labels (N,) and sources (N,) of the records, what was learned, their features by row."""
+
+    features: Callable[[Tensor], Tensor]
+    """Rows (R,) to (R, D)."""
+    labels: Tensor
+    sources: Tensor
+    model: LeaveOut
 
     def testify(self, rows: Tensor, *, without: frozenset[int] = frozenset(), forget: Tensor | None = None) -> Tensor:
         """As `Witness.testify`."""
         lost = None
         if forget is not None:
-            forget = forget[~torch.isin(self._sources[forget], torch.tensor(sorted(without)))]
-            lost = self._features[forget], self._labels[forget]
-        return self._model.predict(self._features[rows], without=without, forget=lost)
+            forget = forget[~torch.isin(self.sources[forget], torch.tensor(sorted(without), dtype=torch.int64))]
+            lost = self.features(forget), self.labels[forget]
+        parts = torch.split(rows, _ROWS_AT_ONCE)
+        return torch.cat([self.model.predict(self.features(part), without=without, forget=lost) for part in parts])
 
     def tells_apart(self, one: Tensor, other: Tensor) -> float:
         """As `Witness.tells_apart`."""
-        return separation(self._features[one], self._features[other])
+        return separation(self.features(one), self.features(other))
+
+
+def witnesses(
+    images: Tensor, labels: Tensor, sources: Tensor, *, classes: int, seed: int, filters: int = 128
+) -> tuple[RidgeWitness, ...]:
+    """Witnesses over records that are at hand: images (N, C, H, W), labels (N,), sources (N,)."""
+    sample = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:_SAMPLE]
+    views = draw_views(images[sample], filters=filters, seed=seed)
+    builder = WitnessBuilder(views, contributors=int(sources.max()) + 1, classes=classes)
+    found = builder.add(images, labels, sources)
+    return tuple(
+        RidgeWitness(partial(torch.index_select, found[:, own], 0), labels, sources, model)
+        for own, model in zip(columns(views), builder.done(), strict=True)
+    )

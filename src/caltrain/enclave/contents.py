@@ -1,4 +1,4 @@
-"""The witness to the records' content, inside: learned in the pass over the pool, asked by the hunt and by verdicts.
+"""The witnesses to the records' content, inside: learned in the pass over the pool, asked by the hunt and by verdicts.
 
 Features are kept in half precision for as many records as there is room for. Those of the others are worked out again
 from the pool, which is then read whole and in order: the host sees that more was asked than what is kept, never of
@@ -9,14 +9,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from caltrain.accountability.cases import Witness
-from caltrain.accountability.witness import LeaveOut, PatchFeatures, WitnessBuilder, separation
+from caltrain.accountability.witness import (
+    LeaveOut,
+    PatchFeatures,
+    RidgeWitness,
+    WitnessBuilder,
+    columns,
+    draw_views,
+)
 from caltrain.crypto.kdf import derive
 from caltrain.enclave.ingest import contributors_of, record_keys, unpack
 from caltrain.enclave.pool import Pool, Rows
@@ -28,7 +35,6 @@ Keys = NDArray[np.uint64]
 _HELD = 1 << 30
 _SAMPLE = 2048
 _MOST_FILTERS, _LEAST_FILTERS, _RECORDS_A_FILTER = 128, 8, 8
-_AT_ONCE = 1 << 13  # rows that are worked out anew together
 
 
 @dataclass(frozen=True)
@@ -57,13 +63,14 @@ class Learning:
         filters = min(_MOST_FILTERS, max(_LEAST_FILTERS, pool.shape.records // _RECORDS_A_FILTER))
         number = int.from_bytes(derive(seed, "witness/v1")[:4], "big")
         try:
-            features = PatchFeatures.draw(sample, filters=filters, seed=number)
+            views = draw_views(sample, filters=filters, seed=number)
         except UNCOMPUTABLE:
             raise not_finite("contents") from None
         self._pool, self._schema = pool, schema
-        self._builder = WitnessBuilder(features, contributors=contributors, classes=len(schema.classes))
-        room = min(pool.shape.records, _HELD // (2 * features.dims))
-        self._held = torch.empty((room, features.dims), dtype=torch.float16)
+        self._builder = WitnessBuilder(views, contributors=contributors, classes=len(schema.classes))
+        dims = sum(view.dims for view in views)
+        room = min(pool.shape.records, _HELD // (2 * dims))
+        self._held = torch.empty((room, dims), dtype=torch.float16)
         self._keys = np.empty(pool.shape.records, np.uint64)
         self._labels, self._sources = (torch.empty(pool.shape.records, dtype=torch.int32) for _ in range(2))
         self._taken = 0
@@ -87,8 +94,8 @@ class Learning:
         return Contents(
             pool=self._pool,
             schema=self._schema,
-            features=self._builder.features,
-            model=self._builder.done(),
+            views=self._builder.views,
+            models=self._builder.done(),
             held=self._held,
             labels=self._labels,
             sources=self._sources,
@@ -106,38 +113,37 @@ class Contents:
 
     pool: Pool
     schema: DataSchema
-    features: PatchFeatures
-    model: LeaveOut
+    views: tuple[PatchFeatures, ...]
+    models: tuple[LeaveOut, ...]
     held: Tensor
     labels: Tensor
     sources: Tensor
     keys: Keys
     order: Tensor
 
-    def of(self, keys: Keys) -> Witness:
-        """The witness whose row i is the record of the i-th of these keys."""
-        return _Named(self, self.order[torch.from_numpy(np.searchsorted(self.keys, keys))])
+    def witnesses(self, keys: Keys) -> tuple[RidgeWitness, ...]:
+        """Witnesses whose row i is the record of the i-th of these keys."""
+        return self.in_order(self.order[torch.from_numpy(np.searchsorted(self.keys, keys))])
 
-    def testify(self, rows: Tensor, *, without: frozenset[int] = frozenset(), forget: Tensor | None = None) -> Tensor:
-        """As `Witness.testify`, of rows of the pool."""
-        lost = None
-        if forget is not None:
-            forget = forget[~torch.isin(self.sources[forget], torch.tensor(sorted(without), dtype=torch.int32))]
-            lost = self._of(forget), self.labels[forget].long()
-        parts = torch.split(rows, _AT_ONCE)
-        return torch.cat([self.model.predict(self._of(part), without=without, forget=lost) for part in parts])
+    def in_order(self, rows: Tensor) -> tuple[RidgeWitness, ...]:
+        """Witnesses whose row i is row `rows[i]` of the pool."""
+        labels, sources = self.labels[rows].long(), self.sources[rows].long()
+        return tuple(
+            RidgeWitness(partial(self._of, rows, view, own), labels, sources, model)
+            for view, own, model in zip(self.views, columns(self.views), self.models, strict=True)
+        )
 
-    def tells_apart(self, one: Tensor, other: Tensor) -> float:
-        """As `Witness.tells_apart`, of rows of the pool."""
-        return separation(self._of(one), self._of(other))
+    def _of(self, order: Tensor, view: PatchFeatures, own: slice, rows: Tensor) -> Tensor:
+        """Features (R, dims) by a view of records `rows` (R,) of this order of the pool's rows.
 
-    def _of(self, rows: Tensor) -> Tensor:
-        """Features (R, dims) of rows of the pool."""
-        found = torch.empty((len(rows), self.features.dims))
+        `own` are the view's columns of what is held.
+        """
+        rows = order[rows]
+        found = torch.empty((len(rows), view.dims))
         here = rows < len(self.held)
-        found[here] = self.held[rows[here]].float()
+        found[here] = self.held[rows[here], own].float()
         if not bool(here.all()):
-            found[~here] = self.features.features(unpack(self._read(rows[~here]), self.schema)[0])
+            found[~here] = view.features(unpack(self._read(rows[~here]), self.schema)[0])
         return found
 
     def _read(self, rows: Tensor) -> Rows:
@@ -153,22 +159,6 @@ class Contents:
         shape = self.pool.shape
         for start in range(len(self.held) // shape.block * shape.block, shape.records, shape.block):
             yield start, self.pool.rows(start, min(start + shape.block, shape.records))
-
-
-class _Named:
-    """A witness that calls the pool's rows by another's numbers."""
-
-    def __init__(self, contents: Contents, rows: Tensor) -> None:
-        self._contents, self._rows = contents, rows
-
-    def testify(self, rows: Tensor, *, without: frozenset[int] = frozenset(), forget: Tensor | None = None) -> Tensor:
-        """As `Witness.testify`."""
-        lost = None if forget is None else self._rows[forget]
-        return self._contents.testify(self._rows[rows], without=without, forget=lost)
-
-    def tells_apart(self, one: Tensor, other: Tensor) -> float:
-        """As `Witness.tells_apart`."""
-        return self._contents.tells_apart(self._rows[one], self._rows[other])
 
 
 def not_finite(what: str) -> IntegrityError:

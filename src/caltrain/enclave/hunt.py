@@ -52,7 +52,7 @@ def hunt(run: Run, _message: Hunt) -> tuple[Done, State]:
 
 
 def _pass(run: Run) -> tuple[Passed, Contents]:
-    """Every record through the model and past the witness, without augmentation."""
+    """Every record through the model and past the witnesses, without augmentation."""
     plan, manifest, pool, model = present(run.plan), present(run.manifest), present(run.pool), present(run.model)
     learning = Learning(pool, plan.data, contributors=len(manifest.parties), seed=run.seed)
     features, odds, labels, sources = [], [], [], []
@@ -84,7 +84,8 @@ def _scan(run: Run, passed: Passed, contents: Contents) -> tuple[Scores, dict[st
     parties = present(run.manifest).parties
     links = Links(passed.fingerprints, passed.labels, passed.sources, tuple(party.name for party in parties))
     k = present(run.plan).trace.suspicion_neighbours
-    findings = _tried(lambda: examine(Dossier(links, contents), passed.probabilities))
+    witnesses = contents.in_order(torch.arange(len(passed.labels)))
+    findings = _tried(lambda: examine(Dossier(links, witnesses), passed.probabilities))
     outlying = _tried(lambda: spectral(links))
     scores: Scores = {
         "disagreement": label_disagreement(links.fingerprints, links.labels, k=k),

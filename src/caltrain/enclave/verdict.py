@@ -1,7 +1,7 @@
-"""A verdict: who is responsible for a batch of mispredictions, from all links and the witness, signed.
+"""A verdict: who is responsible for a batch of mispredictions, from all links and the witnesses, signed.
 
-The model's own features say which records are near; the witness, who never saw it, what is in them. So a contributor is
-not named for a model that somebody else changed.
+The model's own features say which records are near; the witnesses, who never saw it, what is in them. So a contributor
+is not named for a model that somebody else changed.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from caltrain.provenance.verdict import (
     inputs_root,
 )
 
-METHOD = "nearest-and-witness/v1"
+METHOD = "nearest-and-witnesses/v2"
 _MOST_BYTES = 4 << 30
 # How much of a signed verdict is what, in bytes of JSON, rounded up.
 _FIXED, _A_PARTY, _AN_INPUT, _A_SHARD, _A_RECORD = 4096, 256, 48, 192, 64
@@ -82,15 +82,15 @@ def verdict(
 
 
 def _evidence(run: Run) -> tuple[Table, Dossier]:
-    """All links and the witness to them: put together for the first verdict, kept for as long as no link changes."""
+    """All links and the witnesses to them: put together for the first verdict, kept for as long as no link changes."""
     store, manifest = present(run.linkage), present(run.manifest)
     if run.evidence is None or run.evidence[0] != store.head:
         table = store.table(run.model_digest, limit=_MOST_BYTES)
         party, shard = _places(manifest, table)
         sources = torch.from_numpy(party[table.source].astype(np.int64))
         links = Links(table.fingerprints, table.labels, sources, tuple(own.name for own in manifest.parties))
-        witness = present(run.contents).of(record_key(party[table.source], shard[table.source], table.leaf))
-        run.evidence = store.head, table, Dossier(links, witness)
+        keys = record_key(party[table.source], shard[table.source], table.leaf)
+        run.evidence = store.head, table, Dossier(links, present(run.contents).witnesses(keys))
     return run.evidence[1:]
 
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 
 import pytest
 import torch
 from torch import Tensor
 
-from caltrain.accountability.cases import Dossier, Links, Mispredictions, Verdict
+from caltrain.accountability import verdict as judging
+from caltrain.accountability.cases import Dossier, Links, Mispredictions, Suspects, Verdict
+from caltrain.accountability.subset import grow
 from caltrain.accountability.verdict import ALPHA, judge
-from caltrain.accountability.witness import PatchWitness
+from caltrain.accountability.witness import witnesses
 from support.dossiers import CLASSES, TARGET, Drawn, Taught, Told, honest, pictures, planted, sure, unsure
 
 SEEDS = range(4)
@@ -71,10 +74,30 @@ def test_what_one_is_blamed_for_is_told_before_the_verdict_too() -> None:
     assert min(blames[c].adjusted for c in (0, 2, 3)) > ALPHA
 
 
+@pytest.mark.parametrize("fooled", [0, 1])
+def test_one_witness_that_is_not_fooled_by_what_was_added_to_the_pictures_is_enough(fooled: int) -> None:
+    """To the other the records look just like what their labels say."""
+    drawn = planted(0)
+    clear, links = drawn.dossier.witnesses[0], drawn.dossier.links
+    led = Told(sure(links.labels), links.labels, links.sources)
+    verdict = judge(Dossier(links, (led, clear) if fooled == 0 else (clear, led)), drawn.asked)
+    alone = asked_of(drawn)
+    assert verdict.contributors == (1,)
+    assert torch.equal(verdict.suspects.rows, alone.suspects.rows.sort().values)
+    assert verdict.blames[1].p_value == alone.blames[1].p_value
+    assert verdict.blames[1].adjusted == pytest.approx(2 * alone.blames[1].adjusted), "twice as many looks"
+
+
+def test_what_two_witnesses_find_is_counted_once() -> None:
+    drawn = planted(0)
+    twice = judge(Dossier(drawn.dossier.links, drawn.dossier.witnesses * 2), drawn.asked)
+    assert twice.suspects.rows.tolist() == sorted(asked_of(drawn).suspects.rows.tolist())
+
+
 @pytest.mark.parametrize("seed", SEEDS)
 def test_two_accomplices_who_vouch_for_each_other_are_both_named(seed: int) -> None:
     drawn = planted(seed, culprits=(1, 3))
-    assert float(drawn.dossier.doubt[drawn.planted].max()) <= 0, "each is contradicted while the other is heard"
+    assert float(drawn.heard.doubt[drawn.planted].max()) <= 0, "each is contradicted while the other is heard"
     verdict = asked_of(drawn)
     assert verdict.contributors == (1, 3)
     recall, precision = found_and_right(verdict, drawn.planted)
@@ -103,6 +126,24 @@ def test_near_doubted_records_that_a_witness_which_saw_their_contributor_confirm
     assert min(blame.adjusted for blame in verdict.blames) <= ALPHA, "nobody was near"
     assert clears(verdict)
     assert "nothing shows" in verdict.reason
+
+
+@pytest.mark.parametrize("cleared", [False, True])
+def test_a_record_that_growth_misses_vouches_for_none_of_the_others_unless_it_is_cleared(
+    cleared: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One planted record in thirty is enough for a witness to repeat its label for all."""
+
+    def missing_one(*given: Tensor, **more: Tensor) -> tuple[Suspects, Tensor]:
+        found, like = grow(*given, **more)
+        return replace(found, rows=found.rows[1:]), like[like != found.rows[0]] if cleared else like
+
+    drawn = planted(0)
+    monkeypatch.setattr(judging, "grow", missing_one)
+    shown = drawn.dossier.links.labels.clone()
+    shown[drawn.planted] = 1
+    found = asked_of(drawn.told(sure(shown), Taught(drawn.planted, enough=0.03)))
+    assert found.contributors == (() if cleared else (1,))
 
 
 def looks_different(drawn: Drawn, *, known: bool, apart: float) -> Drawn:
@@ -136,8 +177,8 @@ def test_a_contributor_who_has_hardly_a_record_of_another_class_is_not_named(see
     own[drawn.planted] = False
     sources = torch.where(own & (links.labels != TARGET), 0, links.sources)
     moved = Links(links.fingerprints, links.labels, sources, links.contributors)
-    witness = Told(drawn.dossier.said, links.labels, sources, Taught(drawn.planted))
-    assert clears(judge(Dossier(moved, witness), drawn.asked))
+    witness = Told(drawn.heard.said, links.labels, sources, Taught(drawn.planted))
+    assert clears(judge(Dossier(moved, (witness,)), drawn.asked))
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -148,7 +189,7 @@ def test_a_backdoor_of_the_host_which_no_record_is_behind_names_nobody(seed: int
     kept[drawn.planted] = False
     left = Links(links.fingerprints[kept], links.labels[kept], links.sources[kept], links.contributors)
     table = unsure(left.labels, torch.Generator().manual_seed(seed), noise=1.0)
-    verdict = judge(Dossier(left, Told(table, left.labels, left.sources)), drawn.asked)
+    verdict = judge(Dossier(left, (Told(table, left.labels, left.sources),)), drawn.asked)
     assert clears(verdict)
     assert set(verdict.kinds) <= {"hard", "ambiguous", "out-of-distribution"}
     assert "no contributor's records" in verdict.reason
@@ -228,7 +269,7 @@ def _alone(drawn: Drawn) -> Drawn:
     own = torch.zeros_like(links.sources)
     found = Links(links.fingerprints, links.labels, own, ("a",))
     return Drawn(
-        Dossier(found, Told(torch.full((len(own), CLASSES), 1 / CLASSES), links.labels, own)), drawn.asked, own
+        Dossier(found, (Told(torch.full((len(own), CLASSES), 1 / CLASSES), links.labels, own),)), drawn.asked, own
     )
 
 
@@ -238,7 +279,7 @@ def _few(count: int) -> Callable[[Drawn], Drawn]:
         rows = drawn.planted[:count]
         found = Links(links.fingerprints[rows], links.labels[rows], links.sources[rows], links.contributors)
         table = sure((found.labels + 1) % CLASSES)
-        return Drawn(Dossier(found, Told(table, found.labels, found.sources)), drawn.asked, rows)
+        return Drawn(Dossier(found, (Told(table, found.labels, found.sources),)), drawn.asked, rows)
 
     return cut
 
@@ -256,7 +297,7 @@ def _no_class(drawn: Drawn) -> Drawn:
 def _collapsed(drawn: Drawn) -> Drawn:
     links = drawn.dossier.links
     same = Links(links.fingerprints[:1].expand(len(links.labels), -1), links.labels, links.sources, links.contributors)
-    return Drawn(Dossier(same, drawn.dossier.witness), drawn.asked, drawn.planted)
+    return Drawn(Dossier(same, drawn.dossier.witnesses), drawn.asked, drawn.planted)
 
 
 @pytest.mark.parametrize(
@@ -288,7 +329,7 @@ def test_fewer_doubted_records_than_a_neighbourhood_accuse_nobody() -> None:
 
 
 def test_a_witness_that_doubts_every_record_names_nobody() -> None:
-    assert clears(asked_of(planted(0).told(planted(0).dossier.said * 0 + sure(torch.full((430,), CLASSES - 1)))))
+    assert clears(asked_of(planted(0).told(planted(0).heard.said * 0 + sure(torch.full((430,), CLASSES - 1)))))
 
 
 def test_fingerprints_that_are_all_the_same_are_judged_without_a_number_that_is_none() -> None:
@@ -301,7 +342,7 @@ def test_a_contributor_without_records_is_never_near() -> None:
     drawn = planted(1)
     links = drawn.dossier.links
     more = Links(links.fingerprints, links.labels, links.sources, (*links.contributors, "e"))
-    verdict = judge(Dossier(more, drawn.dossier.witness), drawn.asked)
+    verdict = judge(Dossier(more, drawn.dossier.witnesses), drawn.asked)
     assert verdict.contributors == (1,)
     assert (verdict.blames[4].p_value, verdict.blames[4].share_of_data) == (1.0, 0.0)
 
@@ -313,10 +354,10 @@ def test_of_two_contributors_and_two_classes_the_one_with_contradicted_records_i
     shown = two.labels.clone()
     shown[drawn.planted] = 1
     told = Told(sure(shown, classes=2), two.labels, two.sources)
-    assert judge(Dossier(two, told), drawn.asked).contributors == (1,)
+    assert judge(Dossier(two, (told,)), drawn.asked).contributors == (1,)
     # Whom it can tell apart, and of two classes may call everything the other one, it cannot accuse.
     apart = Told(sure(shown, classes=2), two.labels, two.sources, apart=0.9)
-    assert clears(judge(Dossier(two, apart), drawn.asked))
+    assert clears(judge(Dossier(two, (apart,)), drawn.asked))
 
 
 def test_a_real_witness_to_pictures_names_who_labelled_them_wrongly() -> None:
@@ -326,10 +367,10 @@ def test_a_real_witness_to_pictures_names_who_labelled_them_wrongly() -> None:
     labels = links.labels % 3
     shown = labels.clone()
     shown[drawn.planted] = 1
-    witness = PatchWitness(
+    found = witnesses(
         pictures(shown, torch.Generator().manual_seed(0)), labels, links.sources, classes=3, seed=0, filters=16
     )
-    dossier = Dossier(Links(links.fingerprints, labels, links.sources, links.contributors), witness)
+    dossier = Dossier(Links(links.fingerprints, labels, links.sources, links.contributors), found)
     verdict = judge(dossier, drawn.asked)
     assert verdict.contributors == (1,)
     recall, precision = found_and_right(verdict, drawn.planted)

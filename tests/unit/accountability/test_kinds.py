@@ -26,7 +26,7 @@ def dossier_of(*clouds: tuple[Tensor, int]) -> tuple[Dossier, list[Tensor]]:
     fingerprints = torch.cat([cloud(center, 40, seed) for seed, (center, _) in enumerate(clouds)])
     labels = torch.tensor([label for _, label in clouds]).repeat_interleave(40)
     sources = torch.zeros_like(labels)
-    dossier = Dossier(Links(fingerprints, labels, sources, ("a", "b")), Told(sure(labels), labels, sources))
+    dossier = Dossier(Links(fingerprints, labels, sources, ("a", "b")), (Told(sure(labels), labels, sources),))
     return dossier, list(torch.arange(len(labels)).view(-1, 40))
 
 
@@ -83,7 +83,7 @@ def test_one_suspect_among_many_is_no_kind() -> None:
 
 def test_without_any_record_everything_is_out_of_distribution() -> None:
     none = Links(torch.zeros((0, 6)), NOBODY, NOBODY, ())
-    dossier = Dossier(none, Told(torch.zeros((0, 3)), NOBODY, NOBODY))
+    dossier = Dossier(none, (Told(torch.zeros((0, 3)), NOBODY, NOBODY),))
     asked = Mispredictions(AXES[:2], torch.tensor([0, 1]))
     assert kinds_of(dossier, asked, suspects=NOBODY) == ("out-of-distribution", "out-of-distribution")
 

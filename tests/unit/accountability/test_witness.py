@@ -11,10 +11,12 @@ from caltrain.accountability.cases import doubt
 from caltrain.accountability.witness import (
     LeaveOut,
     PatchFeatures,
-    PatchWitness,
     WitnessBuilder,
+    columns,
+    draw_views,
     separation,
     targets,
+    witnesses,
 )
 from support.dossiers import pictures
 
@@ -91,6 +93,42 @@ def test_pictures_of_one_grey_have_finite_features(shape: tuple[int, ...]) -> No
     assert bool(features.features(noise(*shape)).isfinite().all())
 
 
+@pytest.mark.parametrize(
+    ("shape", "shrinks"),
+    [((5, 1, 4, 4), [1]), ((5, 1, 11, 40), [1]), ((5, 3, 12, 13), [1, 2]), ((5, 1, 24, 24), [1, 2, 4])],
+)
+def test_every_scale_is_looked_at_that_holds_a_whole_patch(shape: tuple[int, ...], shrinks: list[int]) -> None:
+    images = noise(*shape)
+    views = draw_views(images, filters=3, seed=2)
+    assert [view.shrink for view in views] == shrinks
+    for view in views:
+        coarse = F.avg_pool2d(images.float(), view.shrink)
+        assert torch.allclose(view.features(images).double(), slowly(view, coarse), atol=1e-4)
+
+
+def test_features_by_several_views_stand_beside_each_other_and_teach_a_witness_each() -> None:
+    images, labels, sources, _ = drawn(records=60)
+    views = draw_views(images, filters=4, seed=0)
+    builder = WitnessBuilder(views, contributors=3, classes=3)
+    x = builder.add(images, labels, sources)
+    assert len(views) == len(builder.done()) == 2
+    for view, own, model in zip(views, columns(views), builder.done(), strict=True):
+        assert torch.equal(x[:, own], view.features(images))
+        said = model.predict(x[:, own], without=frozenset({2}), forget=None)
+        left = sources != 2
+        assert torch.allclose(said.double(), ridge(x[left][:, own], labels[left], x[:, own], classes=3), atol=2e-4)
+
+
+def test_what_was_asked_before_is_answered_the_same() -> None:
+    images, labels, sources, _ = drawn(records=60)
+    witness = witnesses(images, labels, sources, classes=3, seed=0, filters=4)[0]
+    rows = torch.arange(60)
+    first = {without: witness.testify(rows, without=frozenset(without)) for without in ((), (0,), (1,), (0, 1))}
+    for without, said in first.items():
+        assert torch.equal(witness.testify(rows, without=frozenset(without)), said)
+        assert not torch.equal(witness.testify(rows, without=frozenset(without), forget=rows[:30]), said)
+
+
 def ridge(x: Tensor, labels: Tensor, rows: Tensor, *, classes: int) -> Tensor:
     """The regression itself, in double precision, from records."""
     x, y = x.double(), targets(labels, classes).double()
@@ -115,8 +153,8 @@ def drawn(seed: int = 0, *, records: int = 300) -> tuple[Tensor, Tensor, Tensor,
 def test_leaving_out_is_a_regression_on_the_records_that_are_left(without: set[int], forget: list[int] | None) -> None:
     images, labels, sources, _ = drawn()
     features = PatchFeatures.draw(images, filters=6, seed=0)
-    witness = PatchWitness(images, labels, sources, classes=3, seed=0, filters=6)
-    builder = WitnessBuilder(features, contributors=3, classes=3)
+    witness, _ = witnesses(images, labels, sources, classes=3, seed=0, filters=6)
+    builder = WitnessBuilder([features], contributors=3, classes=3)
     x = torch.cat([builder.add(images[i : i + 77], labels[i : i + 77], sources[i : i + 77]) for i in range(0, 300, 77)])
     assert torch.allclose(x, features.features(images), atol=1e-5)
 
@@ -126,12 +164,13 @@ def test_leaving_out_is_a_regression_on_the_records_that_are_left(without: set[i
         kept = torch.tensor([row for row in forget if left[row]], dtype=torch.int64)
         lost = x[kept], labels[kept]
         left[kept] = False
-    said = builder.done().predict(x[:50], without=frozenset(without), forget=lost)
+    (model,) = builder.done()
+    said = model.predict(x[:50], without=frozenset(without), forget=lost)
     assert torch.allclose(said.double(), ridge(x[left], labels[left], x[:50], classes=3), atol=2e-4)
 
     # The witness has drawn its filters from a sample in another order: it is held against its own features.
-    own = witness._features
     rows = torch.arange(50)
+    own = witness.features(torch.arange(300))
     told = witness.testify(
         rows, without=frozenset(without), forget=None if forget is None else torch.tensor(forget, dtype=torch.int64)
     )
@@ -143,9 +182,10 @@ def test_a_witness_without_a_contributor_does_not_depend_on_its_records() -> Non
     features = PatchFeatures.draw(images, filters=6, seed=0)
 
     def said(labels: Tensor) -> Tensor:
-        builder = WitnessBuilder(features, contributors=3, classes=3)
+        builder = WitnessBuilder([features], contributors=3, classes=3)
         x = builder.add(images, labels, sources)
-        return builder.done().predict(x, without=frozenset({1}), forget=None)
+        (model,) = builder.done()
+        return model.predict(x, without=frozenset({1}), forget=None)
 
     lied = torch.where(sources == 1, (labels + 1) % 3, labels)
     assert torch.equal(said(labels), said(lied))
@@ -153,14 +193,14 @@ def test_a_witness_without_a_contributor_does_not_depend_on_its_records() -> Non
 
 def test_without_anybody_every_class_is_as_likely() -> None:
     images, labels, sources, _ = drawn(records=60)
-    witness = PatchWitness(images, labels, sources, classes=4, seed=0, filters=4)
+    witness = witnesses(images, labels, sources, classes=4, seed=0, filters=4)[0]
     said = witness.testify(torch.arange(60), without=frozenset({0, 1, 2}))
     assert torch.allclose(said, torch.full((60, 4), 0.25))
 
 
 def test_a_contributor_without_records_may_be_left_out() -> None:
     images, labels, sources, _ = drawn(records=60)
-    witness = PatchWitness(images, labels, sources, classes=3, seed=0, filters=4)
+    witness = witnesses(images, labels, sources, classes=3, seed=0, filters=4)[0]
     rows = torch.arange(60)
     assert torch.equal(witness.testify(rows, without=frozenset({7})), witness.testify(rows))
     assert witness.testify(NOBODY).shape == (0, 3)
@@ -169,7 +209,7 @@ def test_a_contributor_without_records_may_be_left_out() -> None:
 @pytest.mark.parametrize("seed", range(3))
 def test_pictures_that_contradict_their_labels_are_doubted_and_others_are_not(seed: int) -> None:
     images, labels, sources, shown = drawn(seed)
-    witness = PatchWitness(images, labels, sources, classes=3, seed=seed, filters=16)
+    witness = witnesses(images, labels, sources, classes=3, seed=seed, filters=16)[0]
     wrong = shown != labels
     for heard in (
         witness.testify(torch.arange(300), without=frozenset({1})),
@@ -208,6 +248,6 @@ def test_separation_is_how_often_one_ranks_above_the_other_by_a_fit_to_the_other
 def test_the_witness_tells_apart_what_looks_different_and_not_what_looks_alike() -> None:
     images, labels, sources, _ = drawn()
     images[200:] = noise(100, 1, 12, 12)
-    witness = PatchWitness(images, labels, sources, classes=3, seed=0, filters=8)
+    witness = witnesses(images, labels, sources, classes=3, seed=0, filters=8)[0]
     assert witness.tells_apart(torch.arange(200, 300), torch.arange(100)) > 0.9
     assert witness.tells_apart(torch.arange(0, 200, 2), torch.arange(1, 200, 2)) < 0.65

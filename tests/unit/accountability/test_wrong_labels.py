@@ -31,7 +31,7 @@ def drawn(seed: int, *, records: int = 600) -> tuple[Dossier, Tensor, Tensor]:
     table = unsure(truth, generator, noise=2.0)
     gives_in = torch.rand(records, generator=generator) < 0.3
     network = unsure(torch.where(gives_in, labels, truth), generator, noise=1.0)
-    return Dossier(links, Told(table, labels, sources)), network, wrong
+    return Dossier(links, (Told(table, labels, sources),)), network, wrong
 
 
 def average_precision(scores: Tensor, wrong: Tensor) -> float:
@@ -79,7 +79,7 @@ def test_a_careless_contributors_record_is_suspected_more_than_a_careful_ones_li
         labels[row], prints[row] = 1, links.fingerprints[1]
         table[row] = said[row] = torch.tensor([0.3, 0.4, 0.2, 0.1])
     alike = Links(prints, labels, links.sources, links.contributors)
-    suspicion = examine(Dossier(alike, Told(table, labels, links.sources)), said).suspicion
+    suspicion = examine(Dossier(alike, (Told(table, labels, links.sources),)), said).suspicion
     assert float(suspicion[careless]) > 2 * float(suspicion[careful])
 
 
@@ -104,7 +104,7 @@ def test_where_wrong_labels_have_fallen_so_far_helps_to_find_the_others(
 def without_flips(dossier: Dossier, network: Tensor) -> tuple[Dossier, Tensor]:
     links = dossier.links
     table = torch.softmax(5 * F.one_hot(links.labels, CLASSES).float(), 1)
-    return Dossier(links, Told(table, links.labels, links.sources)), table
+    return Dossier(links, (Told(table, links.labels, links.sources),)), table
 
 
 def test_labels_that_both_views_agree_with_are_not_suspected() -> None:
@@ -119,7 +119,7 @@ def test_few_records_classes_and_contributors_are_examined_too(classes: int, rec
     labels, sources = torch.arange(records) % classes, torch.arange(records) % contributors
     links = Links(F.normalize(torch.randn(records, 8), dim=1), labels, sources, ("a", "b", "c")[:contributors])
     for table in (torch.full((records, classes), 1 / classes), F.one_hot(labels, classes).float()):
-        found = examine(Dossier(links, Told(table, labels, sources)), table)
+        found = examine(Dossier(links, (Told(table, labels, sources),)), table)
         assert bool(found.suspicion.isfinite().all())
         assert float(found.suspicion.min()) >= 0
         assert float(found.suspicion.max()) <= 1

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 import torch
 
+from caltrain.accountability import witness
 from caltrain.accountability.cases import Dossier, Links
 from caltrain.accountability.labels import LabelFindings, examine
 from caltrain.accountability.quality import Shares
 from caltrain.accountability.scans import activation_clusters, spectral
-from caltrain.accountability.witness import PatchFeatures, WitnessBuilder
+from caltrain.accountability.witness import PatchFeatures, RidgeWitness, WitnessBuilder
 from caltrain.boundary import messages as m
 from caltrain.boundary.sealed import Scan, SuspicionReport, open_for
 from caltrain.enclave import contents, pool
@@ -66,9 +67,10 @@ def test_each_record_has_the_score_of_each_scan_over_all_records() -> None:
     world = World().run_to(State.HUNTED)
     passed = present(world.run.passed)
     links = Links(passed.fingerprints, passed.labels, passed.sources, PARTIES)
+    witnesses = witnesses_of(world)
     outlying = spectral(links)
     expected: dict[Scan, torch.Tensor] = {
-        "labels": examine(Dossier(links, present(world.run.contents)), passed.probabilities).suspicion,
+        "labels": examine(Dossier(links, witnesses), passed.probabilities).suspicion,
         "spectral": outlying / (1 + outlying),
         "clusters": activation_clusters(links),
     }
@@ -132,44 +134,51 @@ def test_held_out_records_are_not_hunted() -> None:
     assert last.header.shard not in report.scores["spectral"]
 
 
-@pytest.mark.parametrize("held", [0, 2000, 1 << 30], ids=["nothing", "some", "all"])
-def test_what_the_witness_says_does_not_depend_on_how_much_of_it_is_kept(
-    held: int, monkeypatch: pytest.MonkeyPatch
+def witnesses_of(world: World) -> tuple[RidgeWitness, ...]:
+    """Those of a run that has hunted, by the pool's rows."""
+    return present(world.run.contents).in_order(torch.arange(27))
+
+
+@pytest.mark.parametrize("views", [1, 2])
+@pytest.mark.parametrize("held", [0, 0.6, 1], ids=["nothing", "some", "all"])
+def test_what_the_witnesses_say_does_not_depend_on_how_much_of_it_is_kept(
+    held: float, views: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(contents, "_HELD", held)
-    monkeypatch.setattr(contents, "_AT_ONCE", 5)
+    monkeypatch.setattr(witness, "_PATCH", {1: 6, 2: 2}[views])
+    monkeypatch.setattr(witness, "_ROWS_AT_ONCE", 5)
+    dims = 2 * 8 * 4 + 1
+    monkeypatch.setattr(contents, "_HELD", int(27 * held) * 2 * dims * views)
     monkeypatch.setattr(pool.PoolShape, "fit", classmethod(lambda cls, records, size: cls(records, size, 4, 8)))
     world = World().run_to(State.HUNTED)
-    witness = present(world.run.contents)
-    assert (len(witness.held) == 27) is (held == 1 << 30)
-    assert (len(witness.held) == 0) is (held == 0)
-    assert len(witness.held) in {0, 15, 27}
+    assert len(present(world.run.contents).held) == int(27 * held)
     rows = torch.tensor([26, 0, 5, 13, 13, 7, 1])
-    said = witness.testify(rows, without=frozenset({1}), forget=torch.tensor([3, 20]))
-    whole = World().run_to(State.HUNTED)
-    expected = present(whole.run.contents).testify(rows, without=frozenset({1}), forget=torch.tensor([3, 20]))
-    assert said.shape == (7, 3)
-    torch.testing.assert_close(said, expected, atol=5e-3, rtol=0)
+    monkeypatch.setattr(contents, "_HELD", 1 << 30)
+    whole = witnesses_of(World().run_to(State.HUNTED))
+    assert len(whole) == views
+    for own, expected in zip(witnesses_of(world), whole, strict=True):
+        said, wanted = (w.testify(rows, without=frozenset({1}), forget=torch.tensor([3, 20])) for w in (own, expected))
+        assert said.shape == (7, 3)
+        torch.testing.assert_close(said, wanted, atol=5e-3, rtol=0)
 
 
 def test_records_are_forgotten_once_however_they_are_left_out() -> None:
-    witness = present(World().run_to(State.HUNTED).run.contents)
-    rows, own = torch.arange(27), (witness.sources == 1).nonzero().squeeze(1)
-    without = witness.testify(rows, without=frozenset({1}))
-    assert torch.equal(witness.testify(rows, without=frozenset({1}), forget=own[:4]), without)
-    torch.testing.assert_close(witness.testify(rows, forget=own), without, atol=6e-2, rtol=0)  # from half precision
-    assert not torch.allclose(witness.testify(rows), without, atol=6e-2)
+    (heard,) = witnesses_of(World().run_to(State.HUNTED))
+    rows, own = torch.arange(27), (heard.sources == 1).nonzero().squeeze(1)
+    without = heard.testify(rows, without=frozenset({1}))
+    assert torch.equal(heard.testify(rows, without=frozenset({1}), forget=own[:4]), without)
+    torch.testing.assert_close(heard.testify(rows, forget=own), without, atol=6e-2, rtol=0)  # from half precision
+    assert not torch.allclose(heard.testify(rows), without, atol=6e-2)
 
 
 def test_the_pool_behind_what_is_kept_is_read_whole_and_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pool.PoolShape, "fit", classmethod(lambda cls, records, size: cls(records, size, 4, 8)))
     monkeypatch.setattr(contents, "_HELD", 0)
     world = World().run_to(State.HUNTED)
-    witness = present(world.run.contents)
+    (heard,) = witnesses_of(world)
 
     def reads(rows: list[int]) -> list[int]:
         before = len(world.host.log)
-        witness.testify(torch.tensor(rows))
+        heard.testify(torch.tensor(rows))
         return [c.message.offset for c in world.host.log[before:] if isinstance(c.message, m.Read)]
 
     first = reads([26])

@@ -79,8 +79,9 @@ def test_the_witness_speaks_of_the_record_of_the_same_row(monkeypatch: pytest.Mo
     order = [reference for reference, _ in present(hunted.run.passed).lines]
     by_leaf = {(r.party, shard_place(hunted, r), r.leaf): row for row, r in enumerate(order)}
     rows = torch.tensor([by_leaf[r.party, shard_place(world, r), r.leaf] for r in map(table.record, range(27))])
-    said = dossier.witness.testify(torch.arange(27), without=frozenset({0}), forget=torch.tensor([4]))
-    expected = contents.testify(rows, without=frozenset({0}), forget=rows[[4]])
+    (own,), (by_pool,) = dossier.witnesses, contents.in_order(torch.arange(27))
+    said = own.testify(torch.arange(27), without=frozenset({0}), forget=torch.tensor([4]))
+    expected = by_pool.testify(rows, without=frozenset({0}), forget=rows[[4]])
     torch.testing.assert_close(said, expected)
 
 

@@ -11,13 +11,13 @@ from torch.nn import functional as F
 from caltrain.accountability.cases import Dossier, Links, Mispredictions
 from caltrain.accountability.labels import examine
 from caltrain.accountability.verdict import judge
-from caltrain.accountability.witness import PatchWitness
+from caltrain.accountability.witness import witnesses
 from caltrain.bench.accountability.making import Made
 from caltrain.bench.accountability.questions import NEAR, Answer, LabelView, Question
 
 
 class Ours:
-    """Fingerprints of length one, and a witness to the pictures. `seed` is the witness's."""
+    """Fingerprints of length one, and witnesses to the pictures. `seed` is theirs."""
 
     def __init__(self, made: Made, *, seed: int) -> None:
         scene = made.scene
@@ -31,11 +31,11 @@ class Ours:
 
     @cached_property
     def dossier(self) -> Dossier:
-        """The links, with a witness to what the pictures show."""
+        """The links, with witnesses to what the pictures show."""
         scene, links = self._scene, self.links
         images = torch.from_numpy(scene.images)
-        witness = PatchWitness(images, links.labels, links.sources, classes=scene.classes, seed=self._seed)
-        return Dossier(links, witness)
+        found = witnesses(images, links.labels, links.sources, classes=scene.classes, seed=self._seed)
+        return Dossier(links, found)
 
     def answer(self, question: Question) -> Answer:
         """As `Method.answer`. Ranked highest are the suspects, nearest first, then the nearest other fingerprints."""
