@@ -174,7 +174,7 @@ class Running:
 
     def assert_nothing_left(self) -> None:
         """Every process that was ever seen has ended."""
-        wait_until(lambda: not self.look(), seconds=5)
+        wait_until(lambda: not self.look())
 
 
 @pytest.fixture

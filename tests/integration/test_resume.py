@@ -97,9 +97,9 @@ def enclave_gone(company: Company) -> bool:
     return status.error is not None and status.error["code"] == "enclave.died"
 
 
-def told_to_rejoin(steps: list[str]) -> bool:
-    """Whether a join has said that its party's word is waited for."""
-    return any("caltrain party rejoin" in step for step in steps)
+def told(company: Company, what: str) -> bool:
+    """Whether every join has said so."""
+    return all(any(what in step for step in steps) for steps in company.steps.values())
 
 
 def take_up(company: Company, death: str = "") -> None:
@@ -107,7 +107,7 @@ def take_up(company: Company, death: str = "") -> None:
     company.serve("resume", *([death] if death else []))
     if not death:
         # A word given before a join looks again would leave that join nothing to be told.
-        eventually(lambda: all(map(told_to_rejoin, company.steps.values())), "every join is told to rejoin")
+        eventually(lambda: told(company, "caltrain party rejoin"), "every join is told to rejoin")
     try:
         give_word(company)
     except EnvironmentFault:
@@ -127,6 +127,7 @@ def survived(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Company]:
             eventually(lambda: enclave_gone(company) or bool(company.errors), "death has come")
             assert not company.errors, (company.errors, (folder / "host.log").read_text())
             company.stop()
+            eventually(lambda: told(company, "does not answer"), "every join has found nobody")
             if not (folder / "old").exists():
                 shutil.copytree(company.store, folder / "old")
             take_up(company, death)
@@ -140,8 +141,8 @@ def test_deaths_at_random_moments_change_no_bit_and_end_no_join(survived: Compan
     log = (survived.folder / "host.log").read_text()
     assert not survived.errors, (survived.errors, log)
     assert log.count("death of") == 3, log
-    assert any("does not answer" in step for step in survived.steps["alpha"])
-    assert told_to_rejoin(survived.steps["beta"])
+    assert told(survived, "does not answer")
+    assert told(survived, "caltrain party rejoin")
     same_bits(survived)
 
 

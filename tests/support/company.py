@@ -181,7 +181,7 @@ class Company:
         self.process.wait()
         if self.process.stdout is not None:
             self.process.stdout.close()
-        eventually(lambda: not any(alive(pid) for pid in children), "no process is left", seconds=30)
+        eventually(lambda: not any(alive(pid) for pid in children), "no process is left")
 
 
 class _Patient(HostClient):
