@@ -21,12 +21,13 @@ from caltrain.plan import Plan, ReleaseSpec
 from caltrain.training.plain import train_plain
 from caltrain.training.seeds import RunSeeds
 from caltrain.training.spec import CenterSpec
-from support.company import LABELS, Company, eventually
+from support.company import LABELS, SECONDS, Company, eventually
 from support.disk import tree
 from support.samples import refused
 from support.world import pictures
 
-pytestmark = pytest.mark.processes
+pytestmark = [pytest.mark.processes, pytest.mark.timeout(900)]
+PATIENCE = 600  # for four hosts, one after the other
 EPOCHS = 4
 
 
@@ -47,7 +48,7 @@ def now() -> datetime:
 def give_word(company: Company) -> int:
     """Every party rejoins; returns how many words were needed."""
     with company.client() as client:
-        words = [rejoin(client, company.plan, p, company.policy, clock=now, seconds=60) for p in company.parties]
+        words = [rejoin(client, company.plan, p, company.policy, clock=now, seconds=SECONDS) for p in company.parties]
     return sum(word is not None for word in words)
 
 
@@ -120,7 +121,7 @@ def survived(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Company]:
     folder, draw = tmp_path_factory.mktemp("survived"), random.Random(7)
     # Operations of the store: the first dozen come before the countersignatures, where no run can be resumed yet.
     deaths = [f"{who}:{draw.randrange(12, 60)}" for who in ("host", "enclave", "both")]
-    company = Company(folder, epochs=EPOCHS, change=resumable, death=deaths[0])
+    company = Company(folder, epochs=EPOCHS, change=resumable, death=deaths[0], patience=PATIENCE)
     try:
         company.join()
         for death in [*deaths[1:], ""]:
@@ -154,7 +155,7 @@ def test_last_a_folder_that_was_put_back_is_refused_and_gets_no_word(survived: C
     before, run = tree(survived.parties[0].folder), survived.results["alpha"].run
     for party in survived.parties:
         with survived.client() as client, refused(LineageError, "chain.rolled-back"):
-            rejoin(client, survived.plan, party, survived.policy, clock=now, seconds=60)
+            rejoin(client, survived.plan, party, survived.policy, clock=now, seconds=SECONDS)
     assert tree(survived.parties[0].folder) == before
     status = survived.status()
     assert (status.phase, status.waiting_for) == ("resume", ["alpha", "beta"])
