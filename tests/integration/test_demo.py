@@ -174,7 +174,7 @@ class Running:
 
     def assert_nothing_left(self) -> None:
         """Every process that was ever seen has ended."""
-        wait_until(lambda: not self.look(), seconds=5)
+        wait_until(lambda: not self.look())
 
 
 @pytest.fixture
@@ -227,7 +227,7 @@ def told(running: Running, word: str) -> str:
 def test_stopped_in_the_middle_it_leaves_no_process_and_no_half_file(
     moment: str, whom: str, number: signal.Signals, tmp_path: Path, start: Any
 ) -> None:
-    running: Running = start("demo", "--out", tmp_path, "--epochs", "40" if moment == "manifest" else "8")
+    running: Running = start("demo", "--out", tmp_path, "--epochs", "40" if moment == "manifest" else "2")
     said = told(running, moment)
     assert "simulated enclave" in said
     if moment == "manifest":

@@ -44,16 +44,16 @@ def ask(company: Company, front: int) -> RunStatus:
 
 def test_the_cut_moves_between_epochs_and_training_goes_on(company: Company) -> None:
     assert ask(company, 2).cut == 2
-    eventually(lambda: company.status().cut is None, "the cut is made", seconds=30)
+    eventually(lambda: company.status().cut is None, "the cut is made")
     assert ask(company, 1).cut == 1
-    eventually(lambda: company.status().phase == "cut", "the run waits for the parties", seconds=30)
+    eventually(lambda: company.status().phase == "cut", "the run waits for the parties")
     assert company.status().waiting_for == ["alpha", "beta"]
     for party in company.parties:
         with company.client() as client:
             agree_to_cut(client, company.plan, party, front=1, seconds=SECONDS)
-    eventually(lambda: company.status().phase == "train", "training goes on", seconds=30)
+    eventually(lambda: company.status().phase == "train", "training goes on")
     epoch = company.status().epoch
-    eventually(lambda: company.status().epoch > epoch + 1, "more epochs", seconds=30)
+    eventually(lambda: company.status().epoch > epoch + 1, "more epochs")
     assert company.status().error is None
     bodies = [event.body for event in kept_events(Store(company.store)) if event.kind == "cut"]
     assert [(body["before"], body["front"]) for body in bodies] == [(1, 2), (2, 1)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import msgspec
@@ -61,14 +62,28 @@ class Judge:
         )
 
 
-@pytest.fixture
-def company(tmp_path: Path) -> Iterator[Company]:
-    company = Company(tmp_path, epochs=3, change=judged)
+@contextmanager
+def judging(folder: Path) -> Iterator[Company]:
+    """A run that asks its parties before each epoch."""
+    company = Company(folder, epochs=3, change=judged)
     try:
         company.join()
         yield company
     finally:
         company.end()
+
+
+@pytest.fixture
+def company(tmp_path: Path) -> Iterator[Company]:
+    with judging(tmp_path) as company:
+        yield company
+
+
+@pytest.fixture(scope="module")
+def unjudged(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Company]:
+    """One that still waits for its first votes, until the last test."""
+    with judging(tmp_path_factory.mktemp("unjudged")) as company:
+        yield company
 
 
 def votes(company: Company, party: Identity, judge: Judge) -> list[Voted]:
@@ -123,22 +138,8 @@ def check_kept(company: Company, party: Identity, given: list[Voted]) -> None:
         assert name == digest("party-report/v1", canonical_json(report))
 
 
-def test_a_party_that_accepts_no_cut_ends_the_run(company: Company) -> None:
-    for party, wanted in zip(company.parties, (2, 0), strict=True):
-        with company.client() as client:
-            voted = assess(client, company.plan, party, judge=Judge(wanted), seconds=SECONDS)
-            assert voted is not None
-    eventually(lambda: company.status().error is not None, "the run has ended")
-    error = company.status().error
-    assert error is not None
-    assert error["code"] == "exposure.no-cut"
-    kinds = [event.kind for event in kept_events(Store(company.store))]
-    assert kinds[-1] == "stopped"
-    assert "epoch" not in kinds
-
-
-def test_a_bad_vote_is_refused_and_changes_nothing(company: Company) -> None:
-    eventually(lambda: company.status().phase == "assess", "votes are due")
+def test_a_bad_vote_is_refused_and_changes_nothing(unjudged: Company) -> None:
+    eventually(lambda: unjudged.status().phase == "assess", "votes are due")
     vote = ExposureVote(
         run="0" * 32,
         epoch=0,
@@ -147,8 +148,22 @@ def test_a_bad_vote_is_refused_and_changes_nothing(company: Company) -> None:
         front=2,
         report=digest("test/v1"),
     )
-    alpha = company.parties[0]
-    with company.client() as client, refused(IntegrityError, "vote.not-this"):
+    alpha = unjudged.parties[0]
+    with unjudged.client() as client, refused(IntegrityError, "vote.not-this"):
         client.post("/v1/parties/alpha/vote", alpha.signer.sign("exposure-vote", vote), dict[str, object])
-    assert company.status().waiting_for == ["alpha", "beta"]
-    assert company.status().error is None
+    assert unjudged.status().waiting_for == ["alpha", "beta"]
+    assert unjudged.status().error is None
+
+
+def test_last_a_party_that_accepts_no_cut_ends_the_run(unjudged: Company) -> None:
+    for party, wanted in zip(unjudged.parties, (2, 0), strict=True):
+        with unjudged.client() as client:
+            voted = assess(client, unjudged.plan, party, judge=Judge(wanted), seconds=SECONDS)
+            assert voted is not None
+    eventually(lambda: unjudged.status().error is not None, "the run has ended")
+    error = unjudged.status().error
+    assert error is not None
+    assert error["code"] == "exposure.no-cut"
+    kinds = [event.kind for event in kept_events(Store(unjudged.store))]
+    assert kinds[-1] == "stopped"
+    assert "epoch" not in kinds

@@ -184,7 +184,7 @@ def test_a_stream_without_length_is_refused_by_name_as_soon_as_it_is_too_long(fi
             sent.append(1 << 16)
             yield bytes(1 << 16)
 
-    with httpx.Client(base_url=finished.url, trust_env=False, timeout=30) as client:
+    with httpx.Client(base_url=finished.url, trust_env=False, timeout=SECONDS) as client:
         answer = client.put(path, content=body())
     error = answer.json()["error"]
     assert (answer.status_code, error["code"]) == ((413, "upload.too-large") if sound else (422, "shard.damaged"))
@@ -197,18 +197,18 @@ def test_an_upload_that_breaks_off_leaves_nothing(finished: Company) -> None:
     path, file = shard_url(finished)
     raw = file.read_bytes()
     host, port = finished.url.removeprefix("http://").split(":")
-    with socket.create_connection((host, int(port)), timeout=10) as sock:
+    with socket.create_connection((host, int(port)), timeout=SECONDS) as sock:
         head = f"PUT {path} HTTP/1.1\r\nHost: {host}\r\nContent-Length: {len(raw)}\r\n\r\n"
         sock.sendall(head.encode() + raw[: len(raw) // 2])
-        eventually(lambda: any((finished.store / "incoming").iterdir()), "the upload has begun", seconds=20)
-    eventually(lambda: not any((finished.store / "incoming").iterdir()), "the upload is gone", seconds=20)
+        eventually(lambda: any((finished.store / "incoming").iterdir()), "the upload has begun")
+    eventually(lambda: not any((finished.store / "incoming").iterdir()), "the upload is gone")
     assert tree(finished.store) == before
 
 
 def test_no_path_leads_out_of_the_folder(finished: Company) -> None:
     host, port = finished.url.removeprefix("http://").split(":")
     for name in ("../root", "..%2froot", "%2e%2e/root", "release/..%2f..%2froot", "/etc/passwd", "%2fetc%2fpasswd"):
-        with socket.create_connection((host, int(port)), timeout=10) as sock:
+        with socket.create_connection((host, int(port)), timeout=SECONDS) as sock:
             sock.sendall(f"GET /v1/artifacts/{name} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode())
             answer = b"".join(iter(lambda: sock.recv(1 << 16), b""))
         assert answer.startswith(b"HTTP/1.1 404 "), (name, answer)
@@ -224,14 +224,14 @@ def test_a_host_that_is_told_to_end_takes_its_enclave_with_it(training: Company,
     assert training.enclave() in children
     training.process.send_signal(number)
     assert training.process.wait(SECONDS) == -number
-    assert not any(alive(pid) for pid in children)
+    eventually(lambda: not any(alive(pid) for pid in children), "nothing of the enclave is left")
     still_waiting(training, "does not answer")
     whole_store(training)
 
 
 def still_waiting(company: Company, told: str) -> None:
     """No join has ended: each was told what it waits for."""
-    eventually(lambda: all(told in steps[-1] for steps in company.steps.values()), "all are told", seconds=20)
+    eventually(lambda: all(told in steps[-1] for steps in company.steps.values()), "all are told")
     assert (company.errors, company.results) == ({}, {})
 
 
@@ -255,7 +255,7 @@ def whole_store(company: Company) -> None:
 def test_an_enclave_that_is_killed_fails_the_run_by_name_and_the_parties_wait(training: Company) -> None:
     children = training.descendants()
     os.kill(training.enclave(), signal.SIGKILL)
-    eventually(lambda: training.status().phase == "failed", "the run has failed", seconds=30)
+    eventually(lambda: training.status().phase == "failed", "the run has failed")
     error = training.status().error
     assert error is not None
     assert error["code"] == "enclave.died"
@@ -271,7 +271,7 @@ def test_an_enclave_that_is_killed_fails_the_run_by_name_and_the_parties_wait(tr
             inputs=pictures(1, seed=0),
             clock=lambda: datetime.now(UTC),
         )
-    eventually(lambda: not any(alive(pid) for pid in children), "nothing of the enclave is left", seconds=30)
+    eventually(lambda: not any(alive(pid) for pid in children), "nothing of the enclave is left")
     whole_store(training)
 
 
@@ -281,6 +281,6 @@ def test_last_a_host_that_is_killed_takes_its_enclave_with_it(finished: Company)
     assert children == [finished.enclave()]
     finished.process.kill()
     finished.process.wait()
-    eventually(lambda: not any(alive(pid) for pid in children), "the enclave has ended", seconds=30)
+    eventually(lambda: not any(alive(pid) for pid in children), "the enclave has ended")
     with finished.client() as client, refused(EnvironmentFault, "host.unreachable"):
         client.status()

@@ -21,12 +21,13 @@ from caltrain.plan import Plan, ReleaseSpec
 from caltrain.training.plain import train_plain
 from caltrain.training.seeds import RunSeeds
 from caltrain.training.spec import CenterSpec
-from support.company import LABELS, Company, eventually
+from support.company import LABELS, SECONDS, Company, eventually
 from support.disk import tree
 from support.samples import refused
 from support.world import pictures
 
-pytestmark = pytest.mark.processes
+pytestmark = [pytest.mark.processes, pytest.mark.timeout(900)]
+PATIENCE = 600  # for four hosts, one after the other
 EPOCHS = 4
 
 
@@ -47,7 +48,7 @@ def now() -> datetime:
 def give_word(company: Company) -> int:
     """Every party rejoins; returns how many words were needed."""
     with company.client() as client:
-        words = [rejoin(client, company.plan, p, company.policy, clock=now, seconds=60) for p in company.parties]
+        words = [rejoin(client, company.plan, p, company.policy, clock=now, seconds=SECONDS) for p in company.parties]
     return sum(word is not None for word in words)
 
 
@@ -97,9 +98,9 @@ def enclave_gone(company: Company) -> bool:
     return status.error is not None and status.error["code"] == "enclave.died"
 
 
-def told_to_rejoin(steps: list[str]) -> bool:
-    """Whether a join has said that its party's word is waited for."""
-    return any("caltrain party rejoin" in step for step in steps)
+def told(company: Company, what: str) -> bool:
+    """Whether every join has said so."""
+    return all(any(what in step for step in steps) for steps in company.steps.values())
 
 
 def take_up(company: Company, death: str = "") -> None:
@@ -107,7 +108,7 @@ def take_up(company: Company, death: str = "") -> None:
     company.serve("resume", *([death] if death else []))
     if not death:
         # A word given before a join looks again would leave that join nothing to be told.
-        eventually(lambda: all(map(told_to_rejoin, company.steps.values())), "every join is told to rejoin")
+        eventually(lambda: told(company, "caltrain party rejoin"), "every join is told to rejoin")
     try:
         give_word(company)
     except EnvironmentFault:
@@ -120,13 +121,14 @@ def survived(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Company]:
     folder, draw = tmp_path_factory.mktemp("survived"), random.Random(7)
     # Operations of the store: the first dozen come before the countersignatures, where no run can be resumed yet.
     deaths = [f"{who}:{draw.randrange(12, 60)}" for who in ("host", "enclave", "both")]
-    company = Company(folder, epochs=EPOCHS, change=resumable, death=deaths[0])
+    company = Company(folder, epochs=EPOCHS, change=resumable, death=deaths[0], patience=PATIENCE)
     try:
         company.join()
         for death in [*deaths[1:], ""]:
             eventually(lambda: enclave_gone(company) or bool(company.errors), "death has come")
             assert not company.errors, (company.errors, (folder / "host.log").read_text())
             company.stop()
+            eventually(lambda: told(company, "does not answer"), "every join has found nobody")
             if not (folder / "old").exists():
                 shutil.copytree(company.store, folder / "old")
             take_up(company, death)
@@ -140,8 +142,8 @@ def test_deaths_at_random_moments_change_no_bit_and_end_no_join(survived: Compan
     log = (survived.folder / "host.log").read_text()
     assert not survived.errors, (survived.errors, log)
     assert log.count("death of") == 3, log
-    assert any("does not answer" in step for step in survived.steps["alpha"])
-    assert told_to_rejoin(survived.steps["beta"])
+    assert told(survived, "does not answer")
+    assert told(survived, "caltrain party rejoin")
     same_bits(survived)
 
 
@@ -153,7 +155,7 @@ def test_last_a_folder_that_was_put_back_is_refused_and_gets_no_word(survived: C
     before, run = tree(survived.parties[0].folder), survived.results["alpha"].run
     for party in survived.parties:
         with survived.client() as client, refused(LineageError, "chain.rolled-back"):
-            rejoin(client, survived.plan, party, survived.policy, clock=now, seconds=60)
+            rejoin(client, survived.plan, party, survived.policy, clock=now, seconds=SECONDS)
     assert tree(survived.parties[0].folder) == before
     status = survived.status()
     assert (status.phase, status.waiting_for) == ("resume", ["alpha", "beta"])

@@ -124,7 +124,7 @@ def wait_for_enclave(url: str) -> None:
     from support.processes import wait_until
 
     def waits() -> bool:
-        body = httpx.get(f"{url}/v2/models/tiny/ready", trust_env=False)
+        body = httpx.get(f"{url}/v2/models/tiny/ready", trust_env=False, timeout=SECONDS)
         return body.status_code == 503 and body.json()["detail"]["code"] == "serving.no-key"
 
     wait_until(waits, seconds=SECONDS)
@@ -153,7 +153,7 @@ def test_the_proxy_answers_plain_requests(scene: Scene) -> None:
         assert said["simulated"] is True
         tensor = {"name": "input", "datatype": "UINT8", "shape": [4, 1, 10, 10], "data": RECORDS[:4].flatten().tolist()}
         answer = httpx.post(
-            f"{said['url']}/v2/models/tiny/infer", json={"inputs": [tensor]}, trust_env=False, timeout=60
+            f"{said['url']}/v2/models/tiny/infer", json={"inputs": [tensor]}, trust_env=False, timeout=SECONDS
         )
         outputs = {output["name"]: output["data"] for output in answer.json()["outputs"]}
         assert np.allclose(np.reshape(outputs["probabilities"], (4, 4)), expected()[:4], atol=1e-5)
@@ -186,13 +186,13 @@ def test_nobody_else_gets_an_answer(scene: Scene) -> None:
     wary = tuple(strict if word == scene.policy else word for word in scene.asking())
     assert failed("predict", scene.url, records, *wary) == "evidence.simulated"
     plain = {"inputs": [{"name": "input", "datatype": "UINT8", "shape": [1, 1, 10, 10], "data": [0] * 100}]}
-    sent = httpx.post(f"{scene.url}/v2/models/tiny/infer", json=plain, trust_env=False)
+    sent = httpx.post(f"{scene.url}/v2/models/tiny/infer", json=plain, trust_env=False, timeout=SECONDS)
     assert (sent.status_code, sent.json()["detail"]["code"]) == (400, "infer.sealed-only")
 
 
 def test_the_metrics_tell_of_no_user(scene: Scene) -> None:
     ran("predict", scene.url, scene.folder / "records.npy", *scene.asking())
-    page = httpx.get(f"{scene.url}/metrics", trust_env=False).text
+    page = httpx.get(f"{scene.url}/metrics", trust_env=False, timeout=SECONDS).text
     assert 'model="tiny"' in page
     assert re.search(r"\buna\b", page) is None
     identity = msgspec.json.decode((scene.folder / "una" / "identity.json").read_bytes())

@@ -27,7 +27,7 @@ from caltrain.records.schema import DataSchema
 from caltrain.training.spec import TrainingSpec
 from support.world import CLASSES, MODEL, SHAPE, pictures
 
-SECONDS = 120
+SECONDS = 240
 LABELS = np.arange(16) % len(CLASSES)
 PROGRAM = Path(__file__).with_name("host_program.py")
 
@@ -41,7 +41,10 @@ def eventually(true: Callable[[], bool], what: str, *, seconds: float = SECONDS)
 
 
 class Company:
-    """Alpha and beta join a host's run in threads; `results` and `errors` are what came of it."""
+    """Alpha and beta join a host's run in threads, each for `patience` seconds.
+
+    `results` and `errors` are what came of it.
+    """
 
     def __init__(
         self,
@@ -51,8 +54,9 @@ class Company:
         confined: bool = True,
         change: Callable[[Plan], Plan] = lambda plan: plan,
         death: str = "",
+        patience: float = SECONDS,
     ) -> None:
-        self.folder, self._confined = folder, confined
+        self.folder, self._confined, self._patience = folder, confined, patience
         self.parties = [create_identity(folder / name, name) for name in ("alpha", "beta")]
         self.user = create_identity(folder / "una", "una")
         self.root, measurement = SigningKey(), measure_enclave()
@@ -130,7 +134,7 @@ class Company:
                         party,
                         self.policy,
                         clock=lambda: datetime.now(UTC),
-                        seconds=SECONDS,
+                        seconds=self._patience,
                         on_step=self.steps[party.name].append,
                     )
             except Exception as error:  # noqa: BLE001  # whatever it is, the test looks at it
@@ -143,7 +147,7 @@ class Company:
     def joined(self) -> None:
         """Wait until all parties are done, well or badly."""
         for thread in self._threads:
-            thread.join(SECONDS)
+            thread.join(self._patience)
             assert not thread.is_alive()
 
     def training(self) -> None:
@@ -181,7 +185,7 @@ class Company:
         self.process.wait()
         if self.process.stdout is not None:
             self.process.stdout.close()
-        eventually(lambda: not any(alive(pid) for pid in children), "no process is left", seconds=30)
+        eventually(lambda: not any(alive(pid) for pid in children), "no process is left")
 
 
 class _Patient(HostClient):

@@ -57,7 +57,7 @@ def marked(text: str) -> set[Process]:
     return {process for process in found if living(process)}
 
 
-def wait_until(true: Callable[[], bool], *, seconds: float = 10) -> None:
+def wait_until(true: Callable[[], bool], *, seconds: float = 60) -> None:
     """Fail unless `true` becomes true in time."""
     deadline = time.monotonic() + seconds
     while not true():

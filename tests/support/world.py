@@ -43,6 +43,7 @@ from caltrain.records.commitment import RecordRef
 from caltrain.records.schema import decode_record
 from caltrain.training.plain import OnStep, train_plain
 from caltrain.training.seeds import RunSeeds
+from support.fitted_once import fit_once
 from support.members import Asked, Member, Pixels, question
 from support.memory_host import MemoryHost
 from support.tiny import CLASSES, MEASUREMENT, MODEL, PARTIES, RIGHTS, SHAPE, Element, pictures, tiny_plan
@@ -50,6 +51,7 @@ from support.tiny import CLASSES, MEASUREMENT, MODEL, PARTIES, RIGHTS, SHAPE, El
 __all__ = ["CLASSES", "MEASUREMENT", "MODEL", "PARTIES", "SHAPE", "World", "pictures"]
 HARMLESS = {State.NEW, State.ENROLLING, State.RESUMING, State.AGREEING, State.ASSESSING, State.LINKED}
 Change = Callable[[Plan], Plan]
+fit_once()
 
 
 def _quiet(_epoch: int, _step: int, _loss: float) -> None:

@@ -134,6 +134,7 @@ def test_with_a_delay_a_request_waits_for_company_but_no_longer_and_not_once_the
         assert runner.batches == []
         tasks += begin(batcher, b"b")
         await asyncio.sleep(0.25)
+        await settled()
         assert runner.batches == [[b"a", b"b"]]
         tasks += begin(batcher, b"cc", b"dd")
         await settled()
