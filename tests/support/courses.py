@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
@@ -12,7 +13,6 @@ from caltrain.participant.identity import Identity
 from caltrain.participant.journal import KeptRun, keep_run
 from caltrain.participant.receive import receive, run_folder
 from caltrain.plan import Plan
-from caltrain.provenance.chain import empty_head
 from support.folders import identity_of
 from support.repairs import Place, leave_out, quarantine_of
 from support.scripted_host import ScriptedHost
@@ -37,10 +37,15 @@ class Course:
         (folder / "secrets.json").write_bytes(msgspec.json.encode(keys))
         self._finish(self.worlds[0])
 
-    def again(self, change: Change = lambda plan: plan, *, without: tuple[Place, ...] = ()) -> World:
-        """Another run of the same parties and the first plan, but for `change`; with records left out a repair."""
+    def again(self, change: Change = lambda plan: plan, *, without: tuple[Place, ...] = (), shards: int = 2) -> World:
+        """Another run of the same parties and the first plan, but for `change`; with records left out a repair.
+
+        Alpha takes part with so many of its shards.
+        """
         first, world = self.worlds[0], World(epochs=1)
-        world.parties, world.users, world.plan = first.parties, first.users, change(first.plan)
+        world.parties, world.users, world.plan = dict(first.parties), first.users, change(first.plan)
+        alpha = world.parties["alpha"]
+        world.parties["alpha"] = replace(alpha, shards=alpha.shards[:shards])
         if without:
             leave_out(world, quarantine_of(world, without))
         self._finish(world)
@@ -58,7 +63,8 @@ class Course:
             plan=manifest.plan,
             manifest=manifest.digest(),
             signing_key=manifest.enclave_signing_key,
-            head=empty_head(run),
+            head=world.run.chain.head,
+            events=len(world.events),
         )
         keep_run(self.alpha.folder, run, kept)
         with ScriptedHost(world).client() as client:

@@ -50,8 +50,8 @@ def quality(
 
 def _fields(run: HuntedRun) -> dict[str, object]:
     return {
-        "run": run.run,
-        "model": run.finished.model,
+        "run": run.linked.run,
+        "model": run.linked.model,
         "changed": run.changed,
         "left_out": run.linked.repair.records if run.linked.repair else 0,
         "audit_rate": run.linked.audit_rate,
@@ -74,7 +74,7 @@ def _table(history: History) -> Table:
             share = run.wrong_labels[name]
             table.add_row(
                 plain("" if row else name),
-                f"{number} {run.run[:8]}",
+                f"{number} {run.linked.run[:8]}",
                 in_words(share),
                 _bar(share, top),
                 ", ".join(run.changed),

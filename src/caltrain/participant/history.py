@@ -25,7 +25,7 @@ from caltrain.participant.hunt import kept_report
 from caltrain.participant.identity import Identity
 from caltrain.participant.journal import KeptRun, kept_runs
 from caltrain.participant.receive import MAX_CHAIN_BYTES, SUSPICION, read_chain
-from caltrain.plan import Plan
+from caltrain.plan import Plan, RunManifest
 from caltrain.provenance.chain import Event, verify_chain
 from caltrain.provenance.statements import LinkedModel
 
@@ -41,15 +41,11 @@ class HuntedRun:
     `changed` says what is not as in the run before.
     """
 
-    finished: FinishedRun
+    plan: Plan
+    manifest: RunManifest
     linked: LinkedModel
     wrong_labels: dict[str, Estimate]
     changed: tuple[Change, ...] = ()
-
-    @property
-    def run(self) -> str:
-        """Its id."""
-        return self.finished.manifest.run
 
 
 @dataclass(frozen=True)
@@ -63,7 +59,7 @@ class History:
     @property
     def contributors(self) -> tuple[str, ...]:
         """All that took part in one of these runs, in the order of the plans, told of or not."""
-        return tuple(dict.fromkeys(party.name for run in self.runs for party in run.finished.manifest.parties))
+        return tuple(dict.fromkeys(party.name for run in self.runs for party in run.manifest.parties))
 
 
 def history_of(identity: Identity, folders: Sequence[Path] = ()) -> History:
@@ -77,7 +73,7 @@ def history_of(identity: Identity, folders: Sequence[Path] = ()) -> History:
     if not folders:
         folders = sorted(path for path in (identity.folder / "runs").glob("*") if path.is_dir())
         without = [path for path in folders if not all((path / name).is_file() for name in ("run.json", SUSPICION))]
-    found = {run.run: run for run in (hunted_run(identity, path) for path in folders if path not in without)}
+    found = {run.linked.run: run for run in (hunted_run(identity, path) for path in folders if path not in without)}
     ordered = [found[run] for run in kept_runs(identity.folder) if run in found]
     return History(identity.name, tuple(_compared(ordered)), tuple(path.name for path in without))
 
@@ -109,7 +105,7 @@ def hunted_run(identity: Identity, folder: Path) -> HuntedRun:
     for party, share in report.wrong_labels.items():
         if party not in known or not 0 <= share.low <= share.value <= share.high <= 1:
             raise _refused("quality.not-a-share", f"the report in {folder} says of {party} what is no share: {share}")
-    return HuntedRun(finished, linked, report.wrong_labels)
+    return HuntedRun(finished.plan, manifest, linked, report.wrong_labels)
 
 
 def _chain(folder: Path, finished: FinishedRun, kept: KeptRun) -> tuple[Event, ...]:
@@ -121,11 +117,11 @@ def _chain(folder: Path, finished: FinishedRun, kept: KeptRun) -> tuple[Event, .
 
 
 def _compared(runs: Sequence[HuntedRun]) -> list[HuntedRun]:
-    later = [replace(run, changed=_changes(before.finished, run.finished)) for before, run in pairwise(runs)]
+    later = [replace(run, changed=_changes(before, run)) for before, run in pairwise(runs)]
     return [*runs[:1], *later]
 
 
-def _changes(before: FinishedRun, after: FinishedRun) -> tuple[Change, ...]:
+def _changes(before: HuntedRun, after: HuntedRun) -> tuple[Change, ...]:
     former, present = ({p.name: p.shards for p in run.manifest.parties} for run in (before, after))
     changed: dict[Change, bool] = {
         "plan": _unrepaired(before.plan) != _unrepaired(after.plan),
