@@ -86,6 +86,7 @@ def test_wide_features_are_projected_and_keep_the_order_of_what_matters(monkeypa
     asked = Seen(asked.features[:5], asked.probabilities[:5], asked.labels[:5])
     found = Trak(records).scores(asked)
     assert found.shape == (5, 400)
+    assert Trak(records)._factor.shape == (CLASSES * 200, CLASSES * 200), "as many numbers as there is room for"
     assert torch.equal(found, Trak(records).scores(asked)), "drawn from a seed"
     assert found.argmax(1).tolist() == [*range(5)]
 

@@ -113,3 +113,71 @@ def test_a_view_that_knows_nothing_excludes_nothing() -> None:
     shares = shares_of_wrong_labels(torch.full((len(labels), 4), 0.25), labels, sources, 2)
     assert shares.low.tolist() == [0.0, 0.0]
     assert float(shares.high.min()) >= 0.3
+
+
+LEVELS = ((0.05, 10), (0.3, 20), (0.45, 30))
+"""How much a view errs on a hundred easy, middling and hard records of each contributor; wrong labels of the second."""
+EACH, CLASSES, SAID = 100, 3, 1.0
+
+
+def by_levels() -> tuple[Tensor, Tensor, Tensor]:
+    """Views that err by as much as the level says, always alike; the first contributor has no wrong label."""
+    views, labels, sources = [], [], []
+    for error, wrong in LEVELS:
+        for source in (0, 1):
+            shown = torch.arange(EACH) % CLASSES
+            turned = (torch.arange(EACH) < wrong) & (source == 1)
+            views.append(torch.where(F.one_hot(shown, CLASSES) > 0, SAID - error, error / (CLASSES - 1)))
+            labels.append(torch.where(turned, (shown + 1) % CLASSES, shown))
+            sources.append(torch.full((EACH,), source))
+    return torch.cat(views), torch.cat(labels), torch.cat(sources)
+
+
+def level_figures(meets: float) -> tuple[list[float], list[float], list[bool]]:
+    """By level, as the module's head says: share of wrong labels, its variance, whether the level tells anything."""
+    shares, variances, telling = [], [], []
+    for error, wrong in LEVELS:
+        given = [SAID - error] * (EACH - wrong) + [error / (CLASSES - 1)] * wrong
+        mean = sum(given) / EACH
+        spread = sum((x - mean) ** 2 for x in given) / EACH
+        falls = SAID - error * (1 + meets)
+        telling.append(falls >= 0.3)
+        falls = max(falls, 0.3)
+        shares.append((SAID - error - mean) / falls)
+        variances.append((spread + 2 * 0.05 / EACH) / EACH / falls**2)
+    return shares, variances, telling
+
+
+def told_mean(meets: float) -> tuple[float, float]:
+    """Mean share over the levels that tell anything, and its standard error."""
+    shares, variances, telling = level_figures(meets)
+    here = [i for i, so in enumerate(telling) if so]
+    return sum(shares[i] for i in here) / len(here), sum(variances[i] for i in here) ** 0.5 / len(here)
+
+
+def highest(meets: float) -> float:
+    """Where nothing is told, in proportion to the view's error; three standard errors up."""
+    shares, _, telling = level_figures(meets)
+    mean, deviation = told_mean(meets)
+    errors = [error for error, _ in LEVELS]
+    usual = sum(e for e, so in zip(errors, telling, strict=True) if so) / sum(telling)
+    end = mean + 3 * deviation
+    whole = [s if so else min(1, end / usual * e) for s, e, so in zip(shares, errors, telling, strict=True)]
+    return sum(whole) / len(LEVELS) + 3 * deviation
+
+
+def test_estimate_and_interval_are_those_of_the_definition() -> None:
+    """Two levels tell something and the third does not, if the annotator's error meets the view's half way."""
+    shares = shares_of_wrong_labels(*by_levels(), 2)
+    chance = 1 / (CLASSES - 1)
+    half_way = (1 + chance) / 2
+    (easy, middling, _), _, telling = level_figures(half_way)
+    assert telling == [True, True, False]
+    (e1, _), (e2, _), (e3, _) = LEVELS
+    beyond = easy + (middling - easy) / (e2 - e1) * (e3 - e1)  # a line through two levels
+    assert float(shares.estimate[1]) == pytest.approx((easy + middling + beyond) / 3, abs=1e-4)
+    mean, deviation = told_mean(chance)
+    assert float(shares.low[1]) == pytest.approx(mean - 3 * deviation, abs=1e-4)
+    unseen = e1 + 2 * (0.05 / EACH / EACH) ** 0.5
+    assert highest(1.0) > highest(half_way)
+    assert float(shares.high[1]) == pytest.approx(highest(1.0) + unseen, abs=1e-4)
