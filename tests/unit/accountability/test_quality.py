@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from caltrain.accountability.quality import Shares, shares_of_wrong_labels
+from caltrain.accountability.quality import Shares, _Strata, shares_of_wrong_labels
 
 
 def drawn(
@@ -115,69 +116,94 @@ def test_a_view_that_knows_nothing_excludes_nothing() -> None:
     assert float(shares.high.min()) >= 0.3
 
 
-LEVELS = ((0.05, 10), (0.3, 20), (0.45, 30))
-"""How much a view errs on a hundred easy, middling and hard records of each contributor; wrong labels of the second."""
-EACH, CLASSES, SAID = 100, 3, 1.0
+ERRORS, EACH = (0.05, 0.3, 0.45), 100
+"""How much a view errs on easy, middling and hard records; so many of each contributor."""
+Wrong = tuple[int, int, int]
 
 
-def by_levels() -> tuple[Tensor, Tensor, Tensor]:
-    """Views that err by as much as the level says, always alike; the first contributor has no wrong label."""
-    views, labels, sources = [], [], []
-    for error, wrong in LEVELS:
-        for source in (0, 1):
-            shown = torch.arange(EACH) % CLASSES
-            turned = (torch.arange(EACH) < wrong) & (source == 1)
-            views.append(torch.where(F.one_hot(shown, CLASSES) > 0, SAID - error, error / (CLASSES - 1)))
-            labels.append(torch.where(turned, (shown + 1) % CLASSES, shown))
-            sources.append(torch.full((EACH,), source))
-    return torch.cat(views), torch.cat(labels), torch.cat(sources)
+@dataclass(frozen=True)
+class Levels:
+    """Two contributors, the first without wrong labels, the second with so many on each level; what the module's head
+    says of them if the annotator's error meets the view's by `meets`."""
+
+    classes: int
+    wrong: Wrong
+    meets: float = 1.0
+
+    def drawn(self) -> tuple[Tensor, Tensor, Tensor]:
+        """View, labels, sources: the view errs by as much as the level says, always alike."""
+        views, labels, sources = [], [], []
+        for error, wrong in zip(ERRORS, self.wrong, strict=True):
+            for source in (0, 1):
+                shown = torch.arange(EACH) % self.classes
+                turned = (torch.arange(EACH) < wrong) & (source == 1)
+                own = F.one_hot(shown, self.classes) > 0
+                views.append(torch.where(own, 1 - error, error / (self.classes - 1)))
+                labels.append(torch.where(turned, (shown + 1) % self.classes, shown))
+                sources.append(torch.full((EACH,), source))
+        return torch.cat(views), torch.cat(labels), torch.cat(sources)
+
+    def falls(self) -> list[float]:
+        """By how much agreement falls with a share of 1."""
+        return [1 - error * (1 + self.meets) for error in ERRORS]
+
+    def told(self) -> list[tuple[float, float]]:
+        """By level that tells anything: the share of wrong labels, and its variance."""
+        found = []
+        for error, wrong, falls in zip(ERRORS, self.wrong, self.falls(), strict=True):
+            given = [1 - error] * (EACH - wrong) + [error / (self.classes - 1)] * wrong
+            mean = sum(given) / EACH
+            spread = sum((x - mean) ** 2 for x in given) / EACH + 2 * 0.05 / EACH
+            if falls >= 0.3:
+                found.append(((1 - error - mean) / falls, spread / EACH / falls**2))
+        return found
+
+    def mean(self) -> tuple[float, float]:
+        """Over the levels that tell anything, with its standard error."""
+        told = self.told()
+        return sum(share for share, _ in told) / len(told), sum(spread for _, spread in told) ** 0.5 / len(told)
+
+    def fitted(self) -> float:
+        """The third level by the line through two, which does not fall: else by their mean, the surer counting more."""
+        (easy, one), (middling, other) = self.told()
+        slope = (middling - easy) / (ERRORS[1] - ERRORS[0])
+        flat = (easy / one + middling / other) / (1 / one + 1 / other)
+        beyond = easy + slope * (ERRORS[2] - ERRORS[0]) if slope >= 0 else flat
+        return (easy + middling + beyond) / 3
+
+    def highest(self) -> float:
+        """Where nothing is told, in proportion to the view's error; three standard errors up."""
+        told, (mean, deviation) = self.told(), self.mean()
+        usual = sum(ERRORS[: len(told)]) / len(told)
+        beyond = [min(1.0, (mean + 3 * deviation) / usual * error) for error in ERRORS[len(told) :]]
+        return (sum(share for share, _ in told) + sum(beyond)) / 3 + 3 * deviation
 
 
-def level_figures(meets: float) -> tuple[list[float], list[float], list[bool]]:
-    """By level, as the module's head says: share of wrong labels, its variance, whether the level tells anything."""
-    shares, variances, telling = [], [], []
-    for error, wrong in LEVELS:
-        given = [SAID - error] * (EACH - wrong) + [error / (CLASSES - 1)] * wrong
-        mean = sum(given) / EACH
-        spread = sum((x - mean) ** 2 for x in given) / EACH
-        falls = SAID - error * (1 + meets)
-        telling.append(falls >= 0.3)
-        falls = max(falls, 0.3)
-        shares.append((SAID - error - mean) / falls)
-        variances.append((spread + 2 * 0.05 / EACH) / EACH / falls**2)
-    return shares, variances, telling
+@pytest.mark.parametrize("wrong", [(10, 20, 30), (30, 10, 20), (40, 60, 60)])
+@pytest.mark.parametrize("classes", [2, 3, 5])
+def test_estimate_and_interval_are_those_of_the_definition(classes: int, wrong: Wrong) -> None:
+    chance = 1 / (classes - 1)
+    few, some, many = (Levels(classes, wrong, meets) for meets in (chance, (1 + chance) / 2, 1.0))
+    assert len(some.told()) == 2, "the third level is to be guessed at"
+    shares = shares_of_wrong_labels(*few.drawn(), 2)
+    mean, deviation = few.mean()
+    assert float(shares.estimate[1]) == pytest.approx(some.fitted(), abs=1e-4)
+    assert float(shares.low[1]) == pytest.approx(min(some.fitted(), mean - 3 * deviation), abs=1e-4)
+    unseen = ERRORS[0] + 2 * (0.05 / EACH / EACH) ** 0.5
+    assert float(shares.high[1]) == pytest.approx(max(many.highest(), some.highest()) + unseen, abs=1e-4)
 
 
-def told_mean(meets: float) -> tuple[float, float]:
-    """Mean share over the levels that tell anything, and its standard error."""
-    shares, variances, telling = level_figures(meets)
-    here = [i for i, so in enumerate(telling) if so]
-    return sum(shares[i] for i in here) / len(here), sum(variances[i] for i in here) ** 0.5 / len(here)
+def test_records_are_compared_with_those_on_which_the_view_is_about_as_sure() -> None:
+    """How sure it is shows in the lead of its first class over the second."""
+    between, sure = [0.5, 0.49, 0.01], [0.5, 0.25, 0.25]
+    rows = [between] * 39 + [sure]
+    strata = _Strata.of(torch.tensor(rows), torch.tensor([1] * 39 + [0]), torch.zeros(40).long(), 1)
+    used = strata.weights[0] > 0
+    assert strata.agreed[0][used] == pytest.approx([0.49, 0.5])
+    assert strata.weights[0][used] == pytest.approx([39 / 40, 1 / 40])
 
 
-def highest(meets: float) -> float:
-    """Where nothing is told, in proportion to the view's error; three standard errors up."""
-    shares, _, telling = level_figures(meets)
-    mean, deviation = told_mean(meets)
-    errors = [error for error, _ in LEVELS]
-    usual = sum(e for e, so in zip(errors, telling, strict=True) if so) / sum(telling)
-    end = mean + 3 * deviation
-    whole = [s if so else min(1, end / usual * e) for s, e, so in zip(shares, errors, telling, strict=True)]
-    return sum(whole) / len(LEVELS) + 3 * deviation
-
-
-def test_estimate_and_interval_are_those_of_the_definition() -> None:
-    """Two levels tell something and the third does not, if the annotator's error meets the view's half way."""
-    shares = shares_of_wrong_labels(*by_levels(), 2)
-    chance = 1 / (CLASSES - 1)
-    half_way = (1 + chance) / 2
-    (easy, middling, _), _, telling = level_figures(half_way)
-    assert telling == [True, True, False]
-    (e1, _), (e2, _), (e3, _) = LEVELS
-    beyond = easy + (middling - easy) / (e2 - e1) * (e3 - e1)  # a line through two levels
-    assert float(shares.estimate[1]) == pytest.approx((easy + middling + beyond) / 3, abs=1e-4)
-    mean, deviation = told_mean(chance)
-    assert float(shares.low[1]) == pytest.approx(mean - 3 * deviation, abs=1e-4)
-    unseen = e1 + 2 * (0.05 / EACH / EACH) ** 0.5
-    assert highest(1.0) > highest(half_way)
-    assert float(shares.high[1]) == pytest.approx(highest(1.0) + unseen, abs=1e-4)
+def test_there_are_ten_strata_of_as_many_records_each() -> None:
+    view = torch.softmax(torch.randn((1000, 4), generator=torch.Generator().manual_seed(0)), 1)
+    strata = _Strata.of(view, torch.zeros(1000).long(), torch.zeros(1000).long(), 1)
+    assert strata.weights[0] == pytest.approx([0.1] * 10)
