@@ -64,9 +64,14 @@ def test_clusters_are_looked_for_where_a_class_differs_most_wherever_it_lies(mon
     assert torch.allclose(here, there, atol=1e-3)
 
 
-def test_the_score_is_the_silhouette_times_how_unequal_the_clusters_are() -> None:
-    points = blobs(80, 20, apart=6.0, seed=4)
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(("first", "second"), [(80, 20), (60, 40), (40, 60)])
+def test_the_score_is_the_silhouette_times_how_unequal_the_clusters_are(first: int, second: int, seed: int) -> None:
+    """Whichever of them is found first, the smaller one has it."""
+    points, later = blobs(first, second, apart=6.0, seed=4), torch.arange(100) >= first
     labels = torch.zeros(100, dtype=torch.int64)
-    found = activation_clusters(Links(points, labels, labels, ("a",)))
-    expected = silhouette(points, torch.arange(100) >= 80) * (1 - 2 * 20 / 100)
-    assert found[80:].tolist() == pytest.approx([expected] * 20, abs=1e-4)
+    found = activation_clusters(Links(points, labels, labels, ("a",)), seed=seed)
+    smaller = later if second < first else ~later
+    expected = silhouette(points, later) * (1 - 2 * min(first, second) / 100)
+    assert found[smaller].tolist() == pytest.approx([expected] * min(first, second), abs=1e-4)
+    assert float(found[~smaller].abs().max()) == 0

@@ -207,3 +207,14 @@ def test_there_are_ten_strata_of_as_many_records_each() -> None:
     view = torch.softmax(torch.randn((1000, 4), generator=torch.Generator().manual_seed(0)), 1)
     strata = _Strata.of(view, torch.zeros(1000).long(), torch.zeros(1000).long(), 1)
     assert strata.weights[0] == pytest.approx([0.1] * 10)
+
+
+def test_the_one_with_whom_the_view_agrees_most_is_so_over_its_records_and_not_over_strata() -> None:
+    """It has more easy records, and on hard ones another agrees more."""
+    easy, hard = [0.95, 0.05], [0.55, 0.45]
+    rows, sources = [easy] * 90 + [hard] * 10 + [easy] * 10 + [hard] * 90, [0] * 100 + [1] * 100
+    labels = [0] * 90 + [1] * 10 + [0] * 100
+    view, one = torch.tensor([*rows, easy]), torch.tensor([*labels, 1])
+    strata = _Strata.of(view, one, torch.tensor([*sources, 2]), 4)
+    assert strata.best == 0
+    assert strata.weights.sum(1) == pytest.approx([1, 1, 1, 0])
