@@ -34,6 +34,7 @@ from caltrain.host_client import HostClient
 from caltrain.models.layers import Conv, Flatten, Linear, MaxPool
 from caltrain.models.spec import ModelSpec, Partition
 from caltrain.participant import join as joining
+from caltrain.participant.hunt import kept_report
 from caltrain.participant.identity import Identity, create_identity
 from caltrain.participant.model import JoinedModel, load_model
 from caltrain.participant.receive import run_folder
@@ -193,8 +194,7 @@ def run(people: People, *, moments: Sequence[str], enclave: Path | None = None, 
         host.end()
     folders = [run_folder(party, m.run) for party, m in zip(people.parties, manifests, strict=True)]
     reports = {
-        party.name: msgspec.json.decode((folder / "suspicion.json").read_bytes(), type=SuspicionReport)
-        for party, folder in zip(people.parties, folders, strict=True)
+        party.name: kept_report(party, manifest.run) for party, manifest in zip(people.parties, manifests, strict=True)
     }
     entropies = {sender: secret.entropy for sender, secret in secrets if isinstance(secret, PartySecret)}
     return Outcome(people, load_model(folders[0]), reports, entropies, host.seen, host.memory.unreadable)

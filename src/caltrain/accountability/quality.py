@@ -41,7 +41,8 @@ class Shares:
 def shares_of_wrong_labels(view: Tensor, labels: Tensor, sources: Tensor, contributors: int) -> Shares:
     """From class probabilities (N, C) of records that were not used to make them.
 
-    Contributors are compared with one another: one alone has an estimate of 0. One without records has any share.
+    Contributors are compared with one another: the best has an estimate of 0, one alone too. One without records has
+    any share.
     """
     strata = _Strata.of(view, labels, sources, contributors)
     chance = 1 / max(1, view.shape[1] - 1)
@@ -50,7 +51,6 @@ def shares_of_wrong_labels(view: Tensor, labels: Tensor, sources: Tensor, contri
     estimate = np.array([some.fitted(c) for c in range(contributors)])
     low = np.array([few.mean(c) - _ERRORS * few.deviation(c) for c in range(contributors)])
     high = np.array([max(many.highest(c), some.highest(c)) + unseen for c in range(contributors)])
-    estimate[strata.best], low[strata.best] = 0.0, 0.0
     empty = strata.weights.sum(1) == 0
     low, high = np.where(empty, 0.0, np.minimum(low, estimate)), np.where(empty, 1.0, np.maximum(high, estimate))
     found = (torch.from_numpy(np.clip(each, 0.0, 1.0)).float() for each in (estimate, low, high))

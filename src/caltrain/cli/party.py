@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from caltrain.cli import hunt
+from caltrain.cli import hunt, quality
 from caltrain.cli.files import read_plan, read_policy, write_json
 from caltrain.cli.judging import judging
 from caltrain.cli.output import Format, FormatOption, choose, emit, say, say_simulated
@@ -33,6 +33,7 @@ from caltrain.records.commitment import RecordRef
 
 app = typer.Typer(help="A contributor: keys, sealing, joining a run, disclosure.", no_args_is_help=True)
 app.command()(hunt.hunt)
+app.command()(quality.quality)
 HomeOption = Annotated[Path, typer.Option(help="the party's folder")]
 PlanOption = Annotated[Path, typer.Option(help="plan.toml")]
 PolicyOption = Annotated[Path, typer.Option(help="policy.toml: which enclaves this party accepts")]

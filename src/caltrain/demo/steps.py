@@ -18,6 +18,7 @@ from caltrain.demo.evaluate import Lineage
 from caltrain.demo.processes import Background, Crew
 from caltrain.demo.scenario import Holding, Scenario
 from caltrain.files import write_whole
+from caltrain.participant.hunt import kept_report
 from caltrain.plan import RunManifest
 from caltrain.project import Project
 from caltrain.provenance.verdict import VerdictStatement
@@ -134,12 +135,9 @@ def verdict(scene: Scene, manifest: RunManifest, url: str) -> VerdictStatement:
     return open_envelope(envelope, "verdict", manifest.enclave_signing_key, VerdictStatement, step="read verdict")
 
 
-def hunts(joined: JoinResults) -> dict[str, SuspicionReport]:
+def hunts(scene: Scene, joined: JoinResults) -> dict[str, SuspicionReport]:
     """Each party's own report: only the demo sees all of them."""
-    return {
-        name: msgspec.json.decode((Path(result["folder"]) / "suspicion.json").read_bytes(), type=SuspicionReport)
-        for name, result in joined.items()
-    }
+    return {name: kept_report(scene.project.parties[name], result["run"]) for name, result in joined.items()}
 
 
 def _npy(scene: Scene, name: str, array: NDArray[np.uint8]) -> Path:

@@ -131,7 +131,7 @@ def _run(scene: Scene, console: Console) -> Finished:
         traced_inputs=rows,
         traces=traces,
         verdict=verdict,
-        hunts=steps.hunts(joined),
+        hunts=steps.hunts(scene, joined),
         disputes=disputes,
         events=events,
         sandbox=status.sandbox,

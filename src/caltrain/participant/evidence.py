@@ -30,8 +30,17 @@ class FinishedRun:
     """A run as a party keeps it: whose word counts in it, and which model came of it."""
 
     plan: Plan
-    manifest: RunManifest
-    model: str
+    record: RunRecord
+
+    @property
+    def manifest(self) -> RunManifest:
+        """What all parties countersigned."""
+        return self.record.manifest
+
+    @property
+    def model(self) -> str:
+        """Digest of the model."""
+        return self.record.model
 
 
 def read_run(folder: Path) -> FinishedRun:
@@ -43,7 +52,7 @@ def read_run(folder: Path) -> FinishedRun:
         raise _unusable("remedy.no-run", f"{folder / 'run.json'} was refused: {str(error)[:300]}") from None
     if record.manifest.plan != plan.digest():
         raise _unusable("remedy.no-run", f"{folder} holds another plan than that of its run")
-    return FinishedRun(plan, record.manifest, record.model)
+    return FinishedRun(plan, record)
 
 
 def named_by(path: Path, run: FinishedRun) -> tuple[Quarantined, ...]:

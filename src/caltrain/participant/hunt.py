@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import NamedTuple
 
 from caltrain.boundary.sealed import Scan, SuspicionReport, open_for
-from caltrain.crypto.decoders import json_decoder
-from caltrain.errors import UNDECODABLE, LineageError
+from caltrain.errors import LineageError
 from caltrain.files import read_bounded
 from caltrain.host_client import HostClient
 from caltrain.participant.heads import known_run, shown_manifest
 from caltrain.participant.identity import Identity
-from caltrain.participant.receive import run_folder
+from caltrain.participant.receive import SUSPICION, run_folder
 
 _STEP = "read hunt"
 _HUNTED = {"release", "link", "linked"}
@@ -36,21 +36,28 @@ def fetch_report(host: HostClient, identity: Identity, *, seconds: float) -> tup
     run = shown_manifest(host, step=_STEP).run
     known_run(identity, run)
     sealed = host.artifact(f"suspicion/{identity.name}")
-    return run, open_for(identity.data_key, "suspicion/v1", sealed, SuspicionReport, context=run, step=_STEP)
+    return run, _opened(identity, run, sealed)
 
 
-def kept_report(identity: Identity, run: str) -> SuspicionReport:
-    """The report that was kept with the run's model. Raises LineageError `hunt.none-kept`."""
-    path = run_folder(identity, run) / "suspicion.json"
-    try:
-        return json_decoder(SuspicionReport).decode(read_bounded(path, limit=_MAX_REPORT))
-    except UNDECODABLE as error:
+def kept_report(identity: Identity, run: str, *, folder: Path | None = None) -> SuspicionReport:
+    """The report that was kept with the run's model, in the party's own folder of the run unless another is named.
+
+    It is kept as it was sealed: nobody but the enclave of this run and this party can have made it. Raises LineageError
+    `hunt.none-kept` where there is none, IntegrityError for one that was changed, or is of another run or party.
+    """
+    path = (folder or run_folder(identity, run)) / SUSPICION
+    if not path.is_file():
         raise LineageError(
             "hunt.none-kept",
-            f"{path} is not a report of a hunt: {str(error)[:200]}",
+            f"there is no report of a hunt in {path.parent}",
             step=_STEP,
-            fix="Name a run whose model this party has received, or ask the host with --url.",
-        ) from None
+            fix="Name a run whose model this party has received (`caltrain party join`), or ask the host with --url.",
+        )
+    return _opened(identity, run, read_bounded(path, limit=_MAX_REPORT))
+
+
+def _opened(identity: Identity, run: str, sealed: bytes) -> SuspicionReport:
+    return open_for(identity.data_key, "suspicion/v1", sealed, SuspicionReport, context=run, step=_STEP)
 
 
 def most_suspicious(report: SuspicionReport, scan: Scan, *, top: int) -> list[Suspicious]:

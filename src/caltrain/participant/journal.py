@@ -119,7 +119,12 @@ def count_word(folder: Path, run: str, *, head: str) -> int:
 
 def kept_run(folder: Path, run: str) -> KeptRun | None:
     """What was kept of that run. Raises ConfigError `journal.heads-unreadable`."""
-    return _read_runs(folder / "heads.json").get(run)
+    return kept_runs(folder).get(run)
+
+
+def kept_runs(folder: Path) -> dict[str, KeptRun]:
+    """All runs that were countersigned, in that order. Raises ConfigError `journal.heads-unreadable`."""
+    return _read_runs(folder / "heads.json")
 
 
 def _read_runs(path: Path) -> dict[str, KeptRun]:

@@ -22,6 +22,8 @@ from caltrain.provenance.chain import MAX_EVENTS, verify_chain
 from caltrain.provenance.statements import LinkedModel, ModelStatement
 
 MAX_CHAIN_BYTES = 1 << 30
+SUSPICION = "suspicion.sealed"
+"""The file of a run's folder that holds the hunt's report."""
 _STEP = "receive model"
 
 
@@ -61,14 +63,8 @@ def receive(host: HostClient, plan: Plan, identity: Identity, manifest: RunManif
     if not statement.repair == linked.repair == (plan.repair or None):
         raise _mismatch("release and link do not say of the repair what the plan says")
     weights = join_weights(plan, part.weights, host.artifact("center"), digest=part.model)
-    suspicion = open_for(
-        identity.data_key,
-        "suspicion/v1",
-        host.artifact(f"suspicion/{identity.name}"),
-        SuspicionReport,
-        context=manifest.run,
-        step=_STEP,
-    )
+    sealed = host.artifact(f"suspicion/{identity.name}")
+    suspicion = open_for(identity.data_key, "suspicion/v1", sealed, SuspicionReport, context=manifest.run, step=_STEP)
     if suspicion.model != part.model:
         raise _mismatch("the suspicion report is of another model")
     chain = read_chain(host.artifact("chain.jsonl", limit=MAX_CHAIN_BYTES))
@@ -83,7 +79,7 @@ def receive(host: HostClient, plan: Plan, identity: Identity, manifest: RunManif
         head=events[-1].digest(),
         run_seed=part.run_seed.hex(),
     )
-    _keep(run_folder(identity, manifest.run), plan, weights, record, suspicion, chain)
+    _keep(run_folder(identity, manifest.run), plan, weights, record, sealed, chain)
     return record
 
 
@@ -116,14 +112,12 @@ def _envelope(host: HostClient, name: str) -> Envelope:
         raise _mismatch(f"{name} is not an envelope: {error}") from None
 
 
-def _keep(
-    folder: Path, plan: Plan, weights: bytes, record: RunRecord, suspicion: SuspicionReport, chain: list[Envelope]
-) -> None:
+def _keep(folder: Path, plan: Plan, weights: bytes, record: RunRecord, suspicion: bytes, chain: list[Envelope]) -> None:
     again = (folder / "run.json").exists()
     try:
         write_whole(folder / "model.safetensors", weights)
         write_whole(folder / "plan.json", msgspec.json.encode(plan))
-        write_whole(folder / "suspicion.json", msgspec.json.encode(suspicion))
+        write_whole(folder / SUSPICION, suspicion)  # as it was sealed: a change of it is found out later, too
         write_whole(folder / "chain.jsonl", b"".join(msgspec.json.encode(e) + b"\n" for e in chain))
         # Last, so that a folder with run.json is whole.
         write_whole(folder / "run.json", msgspec.json.encode(record))

@@ -11,6 +11,11 @@ _WIDTH, _HEIGHT, _LEFT, _TOP, _RIGHT, _BOTTOM = 640, 400, 60, 60, 20, 50
 COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377")  # Paul Tol's bright scheme
 
 
+def colour(number: int) -> str:
+    """The colour of a series, or of a contributor by its place in the plan: the same in every figure."""
+    return COLOURS[number % len(COLOURS)]
+
+
 def line_plot(lines: Mapping[str, Points], *, title: str, x: str, y: str) -> str:
     """`lines` by name, each a sequence of (x, y); at least one point in all."""
     points = [p for line in lines.values() for p in line]
@@ -25,15 +30,15 @@ def line_plot(lines: Mapping[str, Points], *, title: str, x: str, y: str) -> str
     )
     parts += [_rule_x(v, across) for v in across] + [_rule_y(v, up) for v in up]
     for number, (name, line) in enumerate(lines.items()):
-        colour = COLOURS[number % len(COLOURS)]
+        shade = colour(number)
         drawn = " ".join(place(p) for p in line)
         dash = "" if number < len(COLOURS) else ' stroke-dasharray="5 3"'
-        parts.append(f'<polyline points="{drawn}" fill="none" stroke="{colour}" stroke-width="2"{dash}/>')
+        parts.append(f'<polyline points="{drawn}" fill="none" stroke="{shade}" stroke-width="2"{dash}/>')
         parts += [
-            f'<circle cx="{p[0]}" cy="{p[1]}" r="3" fill="{colour}"/>' for p in (place(q).split(",") for q in line)
+            f'<circle cx="{p[0]}" cy="{p[1]}" r="3" fill="{shade}"/>' for p in (place(q).split(",") for q in line)
         ]
         left = _LEFT + 130 * number
-        parts.append(f'<rect x="{left}" y="{_TOP - 22}" width="12" height="4" fill="{colour}"/>')
+        parts.append(f'<rect x="{left}" y="{_TOP - 22}" width="12" height="4" fill="{shade}"/>')
         parts.append(_text(left + 18, _TOP - 16, name, anchor="start"))
     body = "\n".join(parts)
     size = f'viewBox="0 0 {_WIDTH} {_HEIGHT}" width="{_WIDTH}" height="{_HEIGHT}"'

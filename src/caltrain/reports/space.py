@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 from caltrain.demo.result import Point, Space
-from caltrain.reports.plot import COLOURS
+from caltrain.reports.plot import colour
 
 WIDTH, HEIGHT = 440, 340
 _MARGIN = 10
@@ -43,7 +43,7 @@ class Panels(NamedTuple):
 def panels(space: Space, parties: Sequence[str]) -> Panels:
     """By contributor with the verdict's records ringed, and by suspicion with those ringed that were planted."""
     place = _scale(space)
-    owners = ((name, COLOURS[i % len(COLOURS)], lambda p, n=name: p.party == n) for i, name in enumerate(parties))
+    owners = ((name, colour(i), lambda p, n=name: p.party == n) for i, name in enumerate(parties))
     by_owner = Panel(
         "by contributor",
         tuple(_layer(space.records, place, *owner) for owner in owners),
@@ -52,8 +52,8 @@ def panels(space: Space, parties: Sequence[str]) -> Panels:
     )
     lows = (0.0, *(high for high, _ in _LEVELS))
     levels = (
-        (_range(low, high), colour, lambda p, lo=low, hi=high: lo <= p.suspicion < hi)
-        for low, (high, colour) in zip(lows, _LEVELS, strict=False)
+        (_range(low, high), shade, lambda p, lo=low, hi=high: lo <= p.suspicion < hi)
+        for low, (high, shade) in zip(lows, _LEVELS, strict=False)
     )
     by_suspicion = Panel(
         "by suspicion, before the release",
@@ -64,10 +64,10 @@ def panels(space: Space, parties: Sequence[str]) -> Panels:
     return Panels((by_owner, by_suspicion), _crosses(place, space.inputs))
 
 
-def _layer(points: Iterable[Point], place: Place, name: str, colour: str, belongs: Callable[[Point], bool]) -> Layer:
+def _layer(points: Iterable[Point], place: Place, name: str, shade: str, belongs: Callable[[Point], bool]) -> Layer:
     own = [place(p.x, p.y) for p in points if belongs(p)]
     # Lines of no length with round ends: a dot in a dozen bytes.
-    return Layer(name, colour, len(own), "".join(f"M{x:.1f} {y:.1f}h0" for x, y in own))
+    return Layer(name, shade, len(own), "".join(f"M{x:.1f} {y:.1f}h0" for x, y in own))
 
 
 def _range(low: float, high: float) -> str:

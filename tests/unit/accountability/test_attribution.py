@@ -63,17 +63,19 @@ def margins(model: torch.nn.Linear, rows: Tensor, labels: Tensor) -> Tensor:
     return torch.stack(gradients)
 
 
-@pytest.mark.parametrize("at_once", [2, 4096])
-def test_whitened_margins_are_those_of_the_definition(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("at_once", "ridge"), [(2, 1e-3), (4096, 1e-3), (4096, 0.5)])
+def test_whitened_margins_are_those_of_the_definition(
+    at_once: int, ridge: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(attribution, "_AT_ONCE", at_once)
     model, (x, y), (q, _) = layer(), some(60, 1), some(4, 2)
     records, asked = seen(model, x, y), seen(model, q)
     phi, theirs = margins(model, x, y).double(), margins(model, q, asked.labels).double()
     gram = phi.T @ phi
-    gram += 1e-3 * gram.diagonal().mean() * torch.eye(len(gram))
+    gram += ridge * gram.diagonal().mean() * torch.eye(len(gram))
     doubt = 1 - records.probabilities[torch.arange(60), y].double()
     expected = theirs @ torch.linalg.inv(gram) @ phi.T * doubt
-    torch.testing.assert_close(Trak(records).scores(asked).double(), expected, atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(Trak(records, ridge=ridge).scores(asked).double(), expected, atol=1e-4, rtol=1e-3)
 
 
 def test_wide_features_are_projected_and_keep_the_order_of_what_matters(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -86,8 +88,20 @@ def test_wide_features_are_projected_and_keep_the_order_of_what_matters(monkeypa
     asked = Seen(asked.features[:5], asked.probabilities[:5], asked.labels[:5])
     found = Trak(records).scores(asked)
     assert found.shape == (5, 400)
+    assert Trak(records)._factor.shape == (CLASSES * 200, CLASSES * 200), "as many numbers as there is room for"
+    drawn = Trak(records)._projection
+    assert drawn is not None
+    assert float(drawn.square().sum(1).mean()) == pytest.approx(1.0, abs=0.05), "lengths stay what they are"
     assert torch.equal(found, Trak(records).scores(asked)), "drawn from a seed"
     assert found.argmax(1).tolist() == [*range(5)]
+
+
+@pytest.mark.parametrize(("most", "projected"), [(CLASSES * (DIMS + 1), False), (CLASSES * (DIMS + 1) - 1, True)])
+def test_features_are_projected_only_where_there_is_no_room(
+    *, most: int, projected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attribution, "_MOST_NUMBERS", most)
+    assert (Trak(seen(layer(), *some(30, 1)))._projection is not None) is projected
 
 
 def test_fingerprints_rank_by_distance_inside_the_predicted_class() -> None:

@@ -8,6 +8,7 @@ from sklearn.cluster import KMeans
 from sklearn.metrics import silhouette_score
 from torch import Tensor
 
+from caltrain.accountability import scans
 from caltrain.accountability.cases import Links
 from caltrain.accountability.scans import activation_clusters, silhouette, two_means
 
@@ -52,3 +53,25 @@ def test_the_smaller_cluster_of_a_class_is_suspicious() -> None:
     assert float(found[90:100].min()) > 0.3
     assert float(found[:90].max()) == 0
     assert float(found[100:].max()) < 0.3
+
+
+def test_clusters_are_looked_for_where_a_class_differs_most_wherever_it_lies(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scans, "_DIMS", 1)
+    points, labels = blobs(90, 10, apart=6.0, seed=2), torch.zeros(100, dtype=torch.int64)
+    aside = 50 * torch.tensor([1.0, -1.0, 0.0, 0.0, 0.0, 0.0])
+    here, there = (activation_clusters(Links(at, labels, labels, ("a",))) for at in (points, points + aside))
+    assert float(here[90:].min()) > 0.5
+    assert torch.allclose(here, there, atol=1e-3)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(("first", "second"), [(80, 20), (60, 40), (40, 60)])
+def test_the_score_is_the_silhouette_times_how_unequal_the_clusters_are(first: int, second: int, seed: int) -> None:
+    """Whichever of them is found first, the smaller one has it."""
+    points, later = blobs(first, second, apart=6.0, seed=4), torch.arange(100) >= first
+    labels = torch.zeros(100, dtype=torch.int64)
+    found = activation_clusters(Links(points, labels, labels, ("a",)), seed=seed)
+    smaller = later if second < first else ~later
+    expected = silhouette(points, later) * (1 - 2 * min(first, second) / 100)
+    assert found[smaller].tolist() == pytest.approx([expected] * min(first, second), abs=1e-4)
+    assert float(found[~smaller].abs().max()) == 0

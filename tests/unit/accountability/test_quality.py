@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from caltrain.accountability.quality import Shares, shares_of_wrong_labels
+from caltrain.accountability.quality import Shares, _Strata, shares_of_wrong_labels
 
 
 def drawn(
@@ -113,3 +114,107 @@ def test_a_view_that_knows_nothing_excludes_nothing() -> None:
     shares = shares_of_wrong_labels(torch.full((len(labels), 4), 0.25), labels, sources, 2)
     assert shares.low.tolist() == [0.0, 0.0]
     assert float(shares.high.min()) >= 0.3
+
+
+ERRORS, EACH = (0.05, 0.3, 0.45), 100
+"""How much a view errs on easy, middling and hard records; so many of each contributor."""
+Wrong = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Levels:
+    """Two contributors, the first without wrong labels, the second with so many on each level; what the module's head
+    says of them if the annotator's error meets the view's by `meets`."""
+
+    classes: int
+    wrong: Wrong
+    meets: float = 1.0
+
+    def drawn(self) -> tuple[Tensor, Tensor, Tensor]:
+        """View, labels, sources: the view errs by as much as the level says, always alike."""
+        views, labels, sources = [], [], []
+        for error, wrong in zip(ERRORS, self.wrong, strict=True):
+            for source in (0, 1):
+                shown = torch.arange(EACH) % self.classes
+                turned = (torch.arange(EACH) < wrong) & (source == 1)
+                own = F.one_hot(shown, self.classes) > 0
+                views.append(torch.where(own, 1 - error, error / (self.classes - 1)))
+                labels.append(torch.where(turned, (shown + 1) % self.classes, shown))
+                sources.append(torch.full((EACH,), source))
+        return torch.cat(views), torch.cat(labels), torch.cat(sources)
+
+    def falls(self) -> list[float]:
+        """By how much agreement falls with a share of 1."""
+        return [1 - error * (1 + self.meets) for error in ERRORS]
+
+    def told(self) -> list[tuple[float, float]]:
+        """By level that tells anything: the share of wrong labels, and its variance."""
+        found = []
+        for error, wrong, falls in zip(ERRORS, self.wrong, self.falls(), strict=True):
+            given = [1 - error] * (EACH - wrong) + [error / (self.classes - 1)] * wrong
+            mean = sum(given) / EACH
+            spread = sum((x - mean) ** 2 for x in given) / EACH + 2 * 0.05 / EACH
+            if falls >= 0.3:
+                found.append(((1 - error - mean) / falls, spread / EACH / falls**2))
+        return found
+
+    def mean(self) -> tuple[float, float]:
+        """Over the levels that tell anything, with its standard error."""
+        told = self.told()
+        return sum(share for share, _ in told) / len(told), sum(spread for _, spread in told) ** 0.5 / len(told)
+
+    def fitted(self) -> float:
+        """The third level by the line through two, which does not fall: else by their mean, the surer counting more."""
+        (easy, one), (middling, other) = self.told()
+        slope = (middling - easy) / (ERRORS[1] - ERRORS[0])
+        flat = (easy / one + middling / other) / (1 / one + 1 / other)
+        beyond = easy + slope * (ERRORS[2] - ERRORS[0]) if slope >= 0 else flat
+        return (easy + middling + beyond) / 3
+
+    def highest(self) -> float:
+        """Where nothing is told, in proportion to the view's error; three standard errors up."""
+        told, (mean, deviation) = self.told(), self.mean()
+        usual = sum(ERRORS[: len(told)]) / len(told)
+        beyond = [min(1.0, (mean + 3 * deviation) / usual * error) for error in ERRORS[len(told) :]]
+        return (sum(share for share, _ in told) + sum(beyond)) / 3 + 3 * deviation
+
+
+@pytest.mark.parametrize("wrong", [(10, 20, 30), (30, 10, 20), (40, 60, 60)])
+@pytest.mark.parametrize("classes", [2, 3, 5])
+def test_estimate_and_interval_are_those_of_the_definition(classes: int, wrong: Wrong) -> None:
+    chance = 1 / (classes - 1)
+    few, some, many = (Levels(classes, wrong, meets) for meets in (chance, (1 + chance) / 2, 1.0))
+    assert len(some.told()) == 2, "the third level is to be guessed at"
+    shares = shares_of_wrong_labels(*few.drawn(), 2)
+    mean, deviation = few.mean()
+    assert float(shares.estimate[1]) == pytest.approx(some.fitted(), abs=1e-4)
+    assert float(shares.low[1]) == pytest.approx(min(some.fitted(), mean - 3 * deviation), abs=1e-4)
+    unseen = ERRORS[0] + 2 * (0.05 / EACH / EACH) ** 0.5
+    assert float(shares.high[1]) == pytest.approx(max(many.highest(), some.highest()) + unseen, abs=1e-4)
+
+
+def test_records_are_compared_with_those_on_which_the_view_is_about_as_sure() -> None:
+    """How sure it is shows in the lead of its first class over the second."""
+    between, sure = [0.5, 0.49, 0.01], [0.5, 0.25, 0.25]
+    rows = [between] * 39 + [sure]
+    strata = _Strata.of(torch.tensor(rows), torch.tensor([1] * 39 + [0]), torch.zeros(40).long(), 1)
+    used = strata.weights[0] > 0
+    assert strata.agreed[0][used] == pytest.approx([0.49, 0.5])
+    assert strata.weights[0][used] == pytest.approx([39 / 40, 1 / 40])
+
+
+def test_there_are_ten_strata_of_as_many_records_each() -> None:
+    view = torch.softmax(torch.randn((1000, 4), generator=torch.Generator().manual_seed(0)), 1)
+    strata = _Strata.of(view, torch.zeros(1000).long(), torch.zeros(1000).long(), 1)
+    assert strata.weights[0] == pytest.approx([0.1] * 10)
+
+
+def test_the_one_with_whom_the_view_agrees_most_is_so_over_its_records_and_not_over_strata() -> None:
+    """It has more easy records, and on hard ones another agrees more."""
+    easy, hard = [0.95, 0.05], [0.55, 0.45]
+    rows, sources = [easy] * 90 + [hard] * 10 + [easy] * 10 + [hard] * 90, [0] * 100 + [1] * 100
+    labels = [0] * 90 + [1] * 10 + [0] * 100
+    view, one = torch.tensor([*rows, easy]), torch.tensor([*labels, 1])
+    strata = _Strata.of(view, one, torch.tensor([*sources, 2]), 4)
+    assert strata.best == 0
+    assert strata.weights.sum(1) == pytest.approx([1, 1, 1, 0])

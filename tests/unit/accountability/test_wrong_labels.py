@@ -10,6 +10,7 @@ from torch import Tensor
 from caltrain.accountability import labels
 from caltrain.accountability.cases import Dossier, Links
 from caltrain.accountability.labels import _without_own, examine
+from caltrain.accountability.quality import Shares
 from support.dossiers import CLASSES, Told, around, centers, unsure
 
 RATES = (0.0, 0.1, 0.3)
@@ -124,3 +125,62 @@ def test_few_records_classes_and_contributors_are_examined_too(classes: int, rec
         assert float(found.suspicion.min()) >= 0
         assert float(found.suspicion.max()) <= 1
         assert bool(found.shares.estimate.isfinite().all())
+
+
+def by_the_definition(believed: Tensor, given: list[int], rates: list[float]) -> list[float]:
+    """Suspicion record by record: three rounds, five wrong labels of each class taken to fall anywhere."""
+    classes = range(believed.shape[1])
+    flips = [[0.0 if t == y else 1 / (len(classes) - 1) for y in classes] for t in classes]
+    found = [0.0] * len(given)
+    for _ in range(3):
+        counts = [[5 / len(classes)] * len(classes) for _ in classes]
+        for row, (label, rate) in enumerate(zip(given, rates, strict=True)):
+            odds = [float(believed[row, t]) * flips[t][label] * rate for t in classes]
+            odds[label] = float(believed[row, label]) * (1 - rate)
+            for t in classes:
+                counts[t][label] += odds[t] / sum(odds)
+            found[row] = 1 - odds[label] / sum(odds)
+        others = [sum(counts[t]) - counts[t][t] for t in classes]
+        flips = [[0.0 if t == y else counts[t][y] / others[t] for y in classes] for t in classes]
+    return found
+
+
+def test_suspicion_is_that_of_the_definition(monkeypatch: pytest.MonkeyPatch) -> None:
+    dossier, network, _ = drawn(3, records=60)
+    links, fitted, viewed = dossier.links, [], []
+    shares = torch.tensor([0.001, 0.3, 0.97])  # more careful, and more careless, than anybody is taken to be
+
+    def out_of_fold(x: Tensor, targets: Tensor, *, decay: float) -> Tensor:
+        fitted.append((x, decay))
+        assert torch.equal(targets, F.one_hot(links.labels, CLASSES).float())
+        return 0.5 * x[:, :CLASSES]
+
+    def shares_of_wrong_labels(view: Tensor, given: Tensor, sources: Tensor, contributors: int) -> Shares:
+        viewed.append(view)
+        assert torch.equal(given, links.labels)
+        assert torch.equal(sources, links.sources)
+        return Shares(shares, torch.zeros(contributors), torch.ones(contributors))
+
+    monkeypatch.setattr(labels, "out_of_fold", out_of_fold)
+    monkeypatch.setattr(labels, "shares_of_wrong_labels", shares_of_wrong_labels)
+    found = examine(dossier, network)
+    (heard, one), (seen, other) = fitted
+    assert torch.allclose(heard, dossier.said.log())
+    assert torch.equal(seen, links.fingerprints)
+    assert one == other == 1e-4
+    # The shares are told by what never saw the labels, suspicion by the network too.
+    assert torch.allclose(viewed[0], (0.5 * heard + 0.5 * seen[:, :CLASSES]).softmax(1))
+    believed = (0.5 * heard + network.log()).softmax(1)
+    rates = [(0.02, 0.3, 0.9)[source] for source in links.sources.tolist()]
+    expected = by_the_definition(believed, links.labels.tolist(), rates)
+    assert found.suspicion.tolist() == pytest.approx(expected, abs=1e-4)
+    assert torch.equal(found.shares.estimate, shares)
+
+
+def test_what_a_view_rules_out_is_unlikely_and_not_impossible() -> None:
+    """A view may say 0; its logarithm is then that of one in a thousand million."""
+    dossier, _, _ = drawn(2)
+    links, certain = dossier.links, F.one_hot(dossier.links.labels, CLASSES).float()
+    said = examine(Dossier(links, Told(certain, links.labels, links.sources)), certain).suspicion
+    assert bool(said.isfinite().all())
+    assert float(said.max()) < 0.05

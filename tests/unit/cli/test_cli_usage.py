@@ -36,6 +36,7 @@ COMMANDS = {
     ("party", "agree-cut"),
     ("party", "assess"),
     ("party", "hunt"),
+    ("party", "quality"),
     ("bench", "exposure"),
     ("bench", "infer"),
     ("bench", "trace"),

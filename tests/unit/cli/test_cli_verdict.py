@@ -14,7 +14,7 @@ import pytest
 from caltrain.attestation.verify import Claims
 from caltrain.auditor.bundle import TraceBundle
 from caltrain.auditor.verdict import VerifiedVerdict, judge_verdict
-from caltrain.boundary.sealed import Answers, SuspicionReport
+from caltrain.boundary.sealed import Answers, SuspicionReport, seal_for
 from caltrain.cli import query
 from caltrain.client.ask import Answered
 from caltrain.crypto.dsse import Envelope, SigningKey
@@ -23,6 +23,7 @@ from caltrain.enclave.run import State
 from caltrain.exposure.figures import Estimate
 from caltrain.participant.hunt import kept_report
 from caltrain.participant.identity import create_identity
+from caltrain.participant.receive import SUSPICION
 from caltrain.project import Project
 from caltrain.provenance.verdict import VerdictStatement
 from support.commands import Cli
@@ -201,10 +202,10 @@ REPORT = SuspicionReport(
 
 @pytest.fixture
 def home(tmp_path: Path) -> Path:
-    create_identity(tmp_path / "ann", "ann")
+    identity = create_identity(tmp_path / "ann", "ann")
     folder = tmp_path / "ann" / "runs" / RUN
     folder.mkdir(parents=True)
-    (folder / "suspicion.json").write_bytes(msgspec.json.encode(REPORT))
+    (folder / SUSPICION).write_bytes(seal_for(identity.data_key, "suspicion/v1", REPORT, context=RUN))
     return tmp_path / "ann"
 
 
@@ -237,4 +238,4 @@ def test_one_of_url_and_run_says_which_hunt_is_meant(words: tuple[str, ...], hom
 
 def test_a_run_that_was_not_received_is_a_named_error(home: Path, cli: Cli) -> None:
     shown = cli("party", "hunt", "--home", home, "--run", "0" * 32, as_json=True)
-    assert shown.error["code"] in {"hunt.none-kept", "file.unreadable"}
+    assert shown.error["code"] == "hunt.none-kept"

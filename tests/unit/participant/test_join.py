@@ -116,7 +116,7 @@ def test_a_party_joins_and_keeps_the_model(joining: Joining) -> None:
         ("POST", "countersignature"),
     ]
     kept = tree(joining.folder).keys() - joining.before.keys()
-    names = ("model.safetensors", "plan.json", "suspicion.json", "chain.jsonl", "run.json")
+    names = ("model.safetensors", "plan.json", "suspicion.sealed", "chain.jsonl", "run.json")
     assert kept == {JOURNAL, "heads.json", *(f"runs/{manifest.run}/{name}" for name in names)}
     assert len(joining.steps) == 4
     assert "simulated" in joining.steps[1]

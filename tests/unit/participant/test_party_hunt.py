@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
-
-from caltrain.boundary.sealed import LEFT_OUT, SuspicionReport
+from caltrain.boundary.sealed import LEFT_OUT, SuspicionReport, seal_for
 from caltrain.errors import IntegrityError, LineageError
 from caltrain.participant.hunt import Suspicious, fetch_report, kept_report, most_suspicious
 from caltrain.participant.journal import KeptRun, keep_run
-from caltrain.participant.receive import receive, run_folder
+from caltrain.participant.receive import SUSPICION, receive, run_folder
 from support.disk import tree
 from support.folders import identity_of
 from support.samples import refused
@@ -99,11 +97,25 @@ def test_the_kept_report_is_the_one_that_came_with_the_model(tmp_path: Path) -> 
     assert kept_report(hunted.alpha, manifest.run) == hunted.fetch()[1]
 
 
-@pytest.mark.parametrize("content", [b"", b"{}", b"[" * 100_000])
-def test_a_file_that_is_no_report_is_refused(content: bytes, tmp_path: Path) -> None:
+def test_a_run_that_was_not_received_has_no_report(tmp_path: Path) -> None:
     hunted = Hunted(tmp_path / "alpha")
-    path = run_folder(hunted.alpha, "ab" * 16) / "suspicion.json"
-    path.parent.mkdir(parents=True)
-    path.write_bytes(content)
     with refused(LineageError, "hunt.none-kept"):
-        kept_report(hunted.alpha, "ab" * 16)
+        kept_report(hunted.alpha, hunted.world.manifest.run)
+
+
+def test_a_kept_report_that_was_changed_or_is_not_of_this_run_and_party_is_refused(tmp_path: Path) -> None:
+    hunted = Hunted(tmp_path / "alpha")
+    run, own = hunted.world.manifest.run, hunted.world.suspicion["alpha"]
+    folder = run_folder(hunted.alpha, run)
+    folder.mkdir(parents=True)
+    elsewhere = seal_for(hunted.alpha.data_key, "suspicion/v1", REPORT, context="0" * 32)
+    for content in (b"", b"{}", own[:-1], own[:9] + bytes([own[9] ^ 1]) + own[10:], elsewhere):
+        (folder / SUSPICION).write_bytes(content)
+        with refused(IntegrityError, "sealed.not-authentic"):
+            kept_report(hunted.alpha, run)
+    (folder / SUSPICION).write_bytes(hunted.world.suspicion["beta"])
+    with refused(IntegrityError, "sealed.not-authentic"):
+        kept_report(hunted.alpha, run)
+    (tmp_path / "copy").mkdir()
+    (tmp_path / "copy" / SUSPICION).write_bytes(own)
+    assert kept_report(hunted.alpha, run, folder=tmp_path / "copy") == hunted.fetch()[1]

@@ -19,6 +19,7 @@ from caltrain.enclave.run import State
 from caltrain.errors import CaltrainError, EnvironmentFault, IntegrityError, LineageError, ProtocolError
 from caltrain.models.weights import decode_state, encode_state, model_digest
 from caltrain.participant import receive as receiving
+from caltrain.participant.hunt import kept_report
 from caltrain.participant.receive import RunRecord, receive, run_folder
 from caltrain.provenance.chain import Chain
 from caltrain.provenance.statements import LinkedModel, ModelStatement
@@ -107,7 +108,7 @@ def receiving_(finished: World, tmp_path: Path) -> Receiving:
 def test_model_report_and_chain_are_kept_whole(receiving_: Receiving) -> None:
     world, record = receiving_.world, receiving_.receive()
     folder = run_folder(receiving_.alpha, world.manifest.run)
-    assert set(tree(folder)) == {"model.safetensors", "plan.json", "suspicion.json", "chain.jsonl", "run.json"}
+    assert set(tree(folder)) == {"model.safetensors", "plan.json", "suspicion.sealed", "chain.jsonl", "run.json"}
     state = decode_state((folder / "model.safetensors").read_bytes(), step="test")
     assert model_digest(world.plan.model, state) == record.model == receiving_.model
     assert world.run.model is not None
@@ -116,7 +117,7 @@ def test_model_report_and_chain_are_kept_whole(receiving_: Receiving) -> None:
     assert msgspec.json.decode((folder / "run.json").read_bytes(), type=RunRecord) == record
     assert record.head == world.run.chain.head
     assert bytes.fromhex(record.run_seed) == world.run.seed
-    report = msgspec.json.decode((folder / "suspicion.json").read_bytes(), type=SuspicionReport)
+    report = kept_report(receiving_.alpha, world.manifest.run)
     assert set(report.scores["disagreement"]) == {shard.header.shard for shard in world.parties["alpha"].shards}
     assert all(path.stat().st_mode & 0o077 == 0 for path in folder.iterdir())
 
