@@ -35,14 +35,16 @@ _AT_ONCE = 1 << 13  # rows that are worked out anew together
 class Passed:
     """What the pass found of every record, in the pool's order.
 
-    Fingerprints (N, D), probabilities (N, C), labels and contributors (N,); where each is, and its commitment.
+    Where each is, and its commitment; fingerprints (N, D) and the lengths (N,) that they had as features, probabilities
+    (N, C), labels and contributors (N,).
     """
 
+    lines: list[tuple[RecordRef, bytes]]
     fingerprints: Tensor
+    lengths: Tensor
     probabilities: Tensor
     labels: Tensor
     sources: Tensor
-    lines: list[tuple[RecordRef, bytes]]
 
 
 class Learning:
@@ -116,7 +118,11 @@ class Contents:
 
     def of(self, keys: Keys) -> Witness:
         """The witness whose row i is the record of the i-th of these keys."""
-        return _Named(self, self.order[torch.from_numpy(np.searchsorted(self.keys, keys))])
+        return _Named(self, self.rows(keys))
+
+    def rows(self, keys: Keys) -> Tensor:
+        """Of each of these keys its record's row in the pool."""
+        return self.order[torch.from_numpy(np.searchsorted(self.keys, keys))]
 
     def testify(self, rows: Tensor, *, without: frozenset[int] = frozenset(), forget: Tensor | None = None) -> Tensor:
         """As `Witness.testify`, of rows of the pool."""

@@ -37,7 +37,9 @@ def gradient(model: torch.nn.Linear, value: Callable[[Tensor], Tensor], x: Tenso
     return torch.cat((by_weight, by_bias[:, None]), 1).flatten()
 
 
-def test_gradients_products_are_those_of_autograd() -> None:
+@pytest.mark.parametrize("at_once", [2, 4096])
+def test_gradients_products_are_those_of_autograd(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attribution, "AT_ONCE", at_once)
     model, (x, y), (q, _) = layer(), some(7, 1), some(4, 2)
     asked = seen(model, q)
     found = GradientDot(seen(model, x, y)).scores(asked)
@@ -65,7 +67,7 @@ def margins(model: torch.nn.Linear, rows: Tensor, labels: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("at_once", [2, 4096])
 def test_whitened_margins_are_those_of_the_definition(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attribution, "_AT_ONCE", at_once)
+    monkeypatch.setattr(attribution, "AT_ONCE", at_once)
     model, (x, y), (q, _) = layer(), some(60, 1), some(4, 2)
     records, asked = seen(model, x, y), seen(model, q)
     phi, theirs = margins(model, x, y).double(), margins(model, q, asked.labels).double()
@@ -82,8 +84,7 @@ def test_wide_features_are_projected_and_keep_the_order_of_what_matters(monkeypa
     x = torch.randn((400, 300), generator=generator)
     odds = torch.randn((400, CLASSES), generator=generator).softmax(1)
     records = Seen(x, odds, odds.argmax(1))
-    asked = records.rows(0)
-    asked = Seen(asked.features[:5], asked.probabilities[:5], asked.labels[:5])
+    asked = records.rows(slice(5))
     found = Trak(records).scores(asked)
     assert found.shape == (5, 400)
     assert torch.equal(found, Trak(records).scores(asked)), "drawn from a seed"
