@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -138,13 +139,16 @@ def test_scores_foretell_what_leaving_a_record_out_does() -> None:
         effects.append(whole - log_odds(fitted(x[kept], y[kept]), q[0], label))
     ranks = torch.tensor(effects).argsort().argsort().double()
     agreement = {}
-    for name, method in (("gradients", GradientDot), ("trak", Trak)):
+    methods: dict[str, Callable[[Seen], Attribution]] = {"gradients": GradientDot, "trak": Trak}
+    methods["of the enclave"] = partial(Trak, ridge=1.0)
+    for name, method in methods.items():
         scores = method(Seen(records.features.float(), records.probabilities.float(), y)).scores(
             Seen(asked.features.float(), asked.probabilities.float(), asked.labels)
         )
         own = scores[0][[*left_out]].argsort().argsort().double()
         agreement[name] = float(torch.corrcoef(torch.stack((own, ranks)))[0, 1])
     assert agreement["trak"] > 0.85, agreement
+    assert agreement["trak"] > agreement["of the enclave"] > 0.7, agreement
     assert agreement["gradients"] > 0.4
 
 

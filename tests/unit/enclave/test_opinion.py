@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -25,7 +26,7 @@ from support.members import Pixels
 from support.oracle import fingerprint, known_records, released_model
 from support.world import Change, World, pictures
 
-METHODS: dict[Method, Callable[[Records], Attribution]] = {"gradient": GradientDot, "trak": Trak}
+METHODS: dict[Method, Callable[[Records], Attribution]] = {"gradient": GradientDot, "trak": partial(Trak, ridge=1.0)}
 ALL: tuple[Method, ...] = ("fingerprint", "gradient", "trak")
 INPUTS = pictures(6, seed=5)
 
