@@ -8,7 +8,8 @@ near copy of it (shifted by a pixel; with noise), asks a trace of it and of eigh
 scores membership by what the traces tell. Six ways to score are tried, and the best of them counts, for AUC and for
 the true positive rate at 1 % false positives each, which favours the attacker. `no limits` tells exact distances;
 `step` are distances rounded, `floor` the share of clean queries (here records, each without itself) among which a
-shorter distance hides. `predictions` needs no trace: the model's confidence.
+shorter distance hides. `predictions` needs no trace: the model's confidence. `ranks by` are which records are named and
+in which order, without any distance, scored by how alike the answers to noisy copies are.
 """
 
 from __future__ import annotations
@@ -23,10 +24,14 @@ import torch
 from numpy.typing import NDArray
 from sklearn.metrics import roc_auc_score, roc_curve
 from torch import Tensor
+from torch.nn.functional import normalize
 
+from caltrain.accountability import attribution
+from caltrain.accountability.attribution import Attribution, Fingerprints, GradientDot, Trak
 from caltrain.accountability.planes import stored
 from caltrain.accountability.reference import Reference, in_steps
-from caltrain.models.network import Network, features_and_logits
+from caltrain.enclave.opinion import RIDGE
+from caltrain.models.network import Network, last_features
 from caltrain.presets import PRESETS, Preset, PresetName
 from caltrain.records.readers.named import load
 from caltrain.training.batches import center_crop, normalise
@@ -52,6 +57,8 @@ class Seen(NamedTuple):
     distances: Tensor
     labels: Tensor
     confidence: Tensor
+    named: dict[str, Tensor]
+    """By method the places (N, K) of the records that it names; -1 beyond them."""
 
 
 class Linked(NamedTuple):
@@ -61,22 +68,26 @@ class Linked(NamedTuple):
     model: Network
     fingerprints: Tensor
     labels: Tensor
+    methods: dict[str, Attribution]
 
     def embed(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Fingerprints and class probabilities."""
+        """Features and class probabilities."""
         found = []
         with torch.inference_mode():
             for part in torch.split(pixels, 256):
                 x = normalise(center_crop(part, self.preset.model.size), self.preset.data, channels_last=True)
-                features, logits = features_and_logits(self.model, self.preset.model, x)
+                features, logits = last_features(self.model, self.preset.model, x)
                 found.append((features, logits.softmax(1)))
         features, chances = zip(*found, strict=True)
         return torch.cat(features), torch.cat(chances)
 
     def trace(self, pixels: Tensor) -> Seen:
         """The neighbours of each input inside its predicted class."""
-        features, chances = self.embed(pixels)
-        labels = chances.argmax(1)
+        raw, chances = self.embed(pixels)
+        features, labels = normalize(raw, dim=1), chances.argmax(1)
+        named = {
+            way: self._named(method, attribution.Seen(raw, chances, labels)) for way, method in self.methods.items()
+        }
         places = torch.empty((len(pixels), NEIGHBOURS), dtype=torch.int64)
         distances = torch.empty((len(pixels), NEIGHBOURS), dtype=torch.float64)
         for label in labels.unique().tolist():
@@ -86,7 +97,13 @@ class Linked(NamedTuple):
             )
             near = far.topk(NEIGHBOURS, largest=False)
             places[rows], distances[rows] = own[near.indices], near.values
-        return Seen(places, distances, labels, chances.max(1).values)
+        return Seen(places, distances, labels, chances.max(1).values, named)
+
+    def _named(self, method: Attribution, asked: attribution.Seen) -> Tensor:
+        scores = method.scores(asked)
+        speaks = (asked.labels[:, None] == self.labels) & ((scores > 0) | isinstance(method, Fingerprints))
+        best = scores.masked_fill(~speaks, -torch.inf).topk(NEIGHBOURS)
+        return best.indices.masked_fill(best.values.isinf(), -1)
 
     def references(self, step: float) -> dict[int, Reference]:
         """Leave-one-out, as the enclave keeps them where no records are held out."""
@@ -113,13 +130,21 @@ def linked(name: PresetName, folder: Path | None) -> tuple[Linked, Tensor, Tenso
         preset.model, preset.partition, preset.data, preset.training,
         pixels=pixels, labels=labels, seeds=RunSeeds.from_run_seed(bytes(32)),
     )  # fmt: skip
-    found = Linked(preset, model, torch.empty(0), labels)
+    found = Linked(preset, model, torch.empty(0), labels, {})
     features, chances = found.embed(pixels)
     others = torch.from_numpy(np.ascontiguousarray(part.images[outside[:ASKED]]))
     right = float((found.embed(others)[1].argmax(1).numpy() == part.labels[outside[:ASKED]]).mean())
     own = float((chances.argmax(1) == labels).double().mean())
     print(f"{name}: {count} members, {features.shape[1]} dimensions, accuracy {own:.3f}, of others {right:.3f}")
-    return found._replace(fingerprints=stored(features).double()), pixels[:ASKED], others
+    records = attribution.Seen(features, chances, labels)
+    methods = {
+        "fingerprints": Fingerprints(records),
+        "gradient": GradientDot(records),
+        "trak": Trak(records, ridge=RIDGE),
+        "trak with a ridge of 0.001": Trak(records, ridge=0.001),
+    }
+    fingerprints = stored(normalize(features, dim=1)).double()
+    return found._replace(fingerprints=fingerprints, methods=methods), pixels[:ASKED], others
 
 
 def shifted(pixels: Tensor) -> Tensor:
@@ -169,6 +194,16 @@ def scores(
     }
 
 
+def alike(first: Tensor, copies: list[Tensor]) -> dict[str, Column]:
+    """By way to score, what the records that were named for an input and its copies (N, K) say for membership."""
+    same = np.mean([(other[:, 0] == first[:, 0]).double().numpy() for other in copies], axis=0)
+    shared = [((other[:, :, None] == first[:, None]) & (first >= 0)[:, None]).sum((1, 2)).double() for other in copies]
+    overlap = np.mean([each.numpy() for each in shared], axis=0)
+    count = (first >= 0).sum(1).double().numpy()
+    ways = {"stable": same + overlap / 1000, "overlap": overlap, "named": count}
+    return ways | {f"not {way}": -column for way, column in ways.items()}
+
+
 def strength(inside: Column, outside: Column) -> tuple[float, float]:
     """AUC, and the true positive rate at 1 % false positives (between thresholds, by chance)."""
     truth, both = np.r_[np.ones(len(inside)), np.zeros(len(outside))], np.r_[inside, outside]
@@ -176,10 +211,20 @@ def strength(inside: Column, outside: Column) -> tuple[float, float]:
     return float(roc_auc_score(truth, both)), float(np.interp(0.01, false, true))
 
 
+def row(known: str, limits: str, got: dict[str, tuple[float, float]]) -> str:
+    """The best way to score, for AUC and for the true positive rate."""
+    best = max(got, key=lambda way: got[way][0]), max(got, key=lambda way: got[way][1])
+    cost = 1 + COPIES if {way.removeprefix("not ") for way in best} & {"stable", "grows", "overlap"} else 1
+    ways = ", ".join(dict.fromkeys(best))
+    return f"| {known} | {limits} | {got[best[0]][0]:.3f} | {got[best[1]][1]:.3f} | {ways} | {cost} |"
+
+
 def main(name: PresetName, folder: Path | None) -> None:
     """Print the table."""
     found, members, others = linked(name, folder)
     references = {step: found.references(step) for step, _ in LIMITS.values()}
+    for way, places in found.trace(others).named.items():
+        print(f"by {way}: {len(others)} new inputs name {len(places[places >= 0].unique())} records in all")
     print("| the attacker has | is told | AUC | TPR at 1 % FPR | by | questions a record |")
     print("|---|---|---|---|---|---|")
     for known, make in KNOWN.items():
@@ -187,13 +232,12 @@ def main(name: PresetName, folder: Path | None) -> None:
         seen = [(found.trace(x), [found.trace(noisy(x, seed=1 + i)) for i in range(COPIES)]) for x in sets]
         auc, rate = strength(*(first.confidence.double().numpy() for first, _ in seen))
         print(f"| {known} | predictions | {auc:.3f} | {rate:.3f} | confidence | 1 |")
+        for way in found.methods:
+            inside, outside = (alike(first.named[way], [c.named[way] for c in copies]) for first, copies in seen)
+            print(row(known, f"ranks by {way}", {score: strength(inside[score], outside[score]) for score in inside}))
         for limits, (step, floor) in LIMITS.items():
             inside, outside = (scores(first, copies, step, floor, references[step]) for first, copies in seen)
-            got = {way: strength(inside[way], outside[way]) for way in inside}
-            best = max(got, key=lambda way: got[way][0]), max(got, key=lambda way: got[way][1])
-            cost = 1 + COPIES if {*best} & {"stable", "grows"} else 1
-            ways = ", ".join(dict.fromkeys(best))
-            print(f"| {known} | {limits} | {got[best[0]][0]:.3f} | {got[best[1]][1]:.3f} | {ways} | {cost} |")
+            print(row(known, limits, {way: strength(inside[way], outside[way]) for way in inside}))
 
 
 if __name__ == "__main__":

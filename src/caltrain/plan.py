@@ -36,6 +36,8 @@ MAX_RELEASE = 48 << 20
 
 Measurement = Annotated[str, msgspec.Meta(pattern=r"^sha384:[0-9a-f]{96}\Z")]
 Right = Literal["predict", "trace", "verdict"]
+Method = Literal["fingerprint", "gradient", "trak"]
+"""How a trace ranks records: by nearest fingerprints; the others are second opinions (`accountability.attribution`)."""
 T = TypeVar("T")
 
 
@@ -90,6 +92,18 @@ class TraceSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     """Users may ask for the nearest of any class, and of single contributors."""
     disclose_to: Annotated[tuple[Reader, ...], msgspec.Meta(max_length=MAX_READERS)] = ()
     """Disclosed records are sealed to these; without any, each contributor hands them to whom it will."""
+    methods: Annotated[tuple[Method, ...], msgspec.Meta(min_length=1, max_length=3)] | UnsetType = UNSET
+    """By which methods users may ask. Unset, by fingerprints alone, it is in no digest."""
+
+    @property
+    def answered(self) -> tuple[Method, ...]:
+        """The methods that are answered."""
+        return self.methods or ("fingerprint",)
+
+    @property
+    def opinions(self) -> bool:
+        """Whether second opinions are among them, which take more memory."""
+        return any(method != "fingerprint" for method in self.answered)
 
 
 class ReleaseSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

@@ -56,6 +56,7 @@ class PlanSummary(msgspec.Struct, frozen=True, kw_only=True):
     reveal_seed: bool
     parties: tuple[str, ...]
     users: tuple[str, ...]
+    second_opinions: tuple[str, ...] | None
     measurement: str
 
 
@@ -87,6 +88,7 @@ def summarise(plan: Plan) -> PlanSummary:
         reveal_seed=plan.release.reveal_seed,
         parties=tuple(party.name for party in plan.parties),
         users=tuple(_user(user) for user in plan.users),
+        second_opinions=tuple(m for m in plan.trace.answered if m != "fingerprint") or None,
         measurement=plan.enclave.measurement,
     )
 

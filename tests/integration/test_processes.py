@@ -31,8 +31,9 @@ from caltrain.participant.hunt import fetch_report, kept_report, most_suspicious
 from caltrain.participant.join import join
 from caltrain.participant.receive import RunRecord, run_folder
 from caltrain.participant.seal import own_shards, shard_path
-from caltrain.plan import RunManifest
+from caltrain.plan import Method, RunManifest
 from caltrain.provenance.chain import Event, verify_chain
+from support.bundles import with_opinions
 from support.company import SECONDS, Company, alive, eventually
 from support.disk import tree
 from support.samples import refused
@@ -45,7 +46,7 @@ FOREVER = 10_000
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Company]:
     """A run that is over: two parties, two epochs. Its enclave runs without bubblewrap."""
-    company = Company(tmp_path_factory.mktemp("finished"), epochs=2, confined=False)
+    company = Company(tmp_path_factory.mktemp("finished"), epochs=2, confined=False, change=with_opinions)
     company.join()
     company.joined()
     assert not company.errors, (company.errors, (company.folder / "host.log").read_text())
@@ -89,7 +90,8 @@ def test_all_parties_hold_the_same_model_of_the_same_run(finished: Company) -> N
     assert finished.status().phase == "linked"
 
 
-def test_a_trace_of_the_run_is_verified_without_it(finished: Company) -> None:
+@pytest.mark.parametrize("method", ["fingerprint", "gradient", "trak"])
+def test_a_trace_of_the_run_is_verified_without_it(finished: Company, method: Method) -> None:
     with finished.client() as client:
         answered = ask(
             client,
@@ -100,6 +102,7 @@ def test_a_trace_of_the_run_is_verified_without_it(finished: Company) -> None:
             signer=finished.user.signer,
             inputs=pictures(2, seed=0),
             clock=lambda: datetime.now(UTC),
+            method=method,
         )
         named = answered.traces[0].neighbours[0].record
         owner = next(party for party in finished.parties if party.name == named.party)
@@ -110,7 +113,9 @@ def test_a_trace_of_the_run_is_verified_without_it(finished: Company) -> None:
         )
     verified = verify_bundle(bundle, plan_digest=finished.plan.digest(), policy=finished.policy)
     assert set(verified.records) == {named}
-    assert chain_of(finished)[-1].kind == "disclosure"
+    assert verified.trace.method == method
+    noted = [event.body for event in chain_of(finished) if event.kind == "disclosure"]
+    assert noted.count({"party": named.party, "commitment": commitment}) == 1
 
 
 def test_a_verdict_of_the_run_is_verified_without_it_and_each_party_has_read_its_hunt(finished: Company) -> None:

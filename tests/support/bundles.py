@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+from typing import Any
 
 import msgspec
 
@@ -12,6 +13,7 @@ from caltrain.boundary.sealed import TraceStatement
 from caltrain.crypto.dsse import Envelope
 from caltrain.crypto.merkle import inclusion_proof
 from caltrain.enclave.run import State
+from caltrain.plan import Method, Plan
 from caltrain.records.commitment import RecordRef
 from caltrain.records.disclosure import Disclosure
 from support.world import Change, World, pictures
@@ -19,15 +21,21 @@ from support.world import Change, World, pictures
 INPUT = pictures(1, seed=99)
 
 
-def traced_world(*, change: Change = lambda plan: plan) -> tuple[World, TraceBundle]:
+def with_opinions(plan: Plan) -> Plan:
+    """The plan, with second opinions."""
+    methods: tuple[Method, ...] = ("fingerprint", "gradient", "trak")
+    return msgspec.structs.replace(plan, trace=msgspec.structs.replace(plan.trace, methods=methods))
+
+
+def traced_world(*, change: Change = lambda plan: plan, **question: Any) -> tuple[World, TraceBundle]:
     """A linked run, and a bundle for one trace by the user `una`, without disclosures."""
     world = World(epochs=1, change=change).run_to(State.LINKED)
-    return world, bundle_of(world)
+    return world, bundle_of(world, **question)
 
 
-def bundle_of(world: World) -> TraceBundle:
+def bundle_of(world: World, **question: Any) -> TraceBundle:
     """A bundle for one trace of a linked run, by the user `una`, without disclosures."""
-    asked = world.question("trace", INPUT)
+    asked = world.question("trace", INPUT, **question)
     trace = asked.open(world.done(m.Query("una", asked.envelope)).sealed["una"]).traces[0]
     return TraceBundle(
         plan=world.plan,

@@ -287,6 +287,24 @@ def test_readers_are_in_the_digest() -> None:
     assert len({plan(trace={"neighbours": 5, "disclose_to": each}).digest() for each in traces}) == len(traces)
 
 
+def test_methods_are_in_the_digest_and_none_are_not() -> None:
+    """A plan that does not name them has the digest that it had before there were any: `test_known_digest`."""
+    assert "methods" not in msgspec.to_builtins(SMALL.trace)
+    spec = msgspec.to_builtins(SMALL.trace)
+    named: list[list[str]] = [["fingerprint"], ["trak"], ["fingerprint", "trak"], ["fingerprint", "gradient", "trak"]]
+    made = [plan(trace=spec | {"methods": methods}) for methods in named]
+    assert len({DIGEST, *(each.digest() for each in made)}) == 5
+    assert [each.trace.opinions for each in (SMALL, *made)] == [False, False, True, True, True]
+    assert [each.trace.answered for each in (SMALL, *made)] == [("fingerprint",), *map(tuple, named)]
+    assert plan_from_json(canonical_json(made[2])) == made[2]
+
+
+@pytest.mark.parametrize("wrong", [[], ["magic"], ["trak"] * 4, "trak"], ids=str)
+def test_what_is_no_list_of_methods_is_refused(wrong: object) -> None:
+    with refused(ConfigError, "plan.invalid"):
+        parse_plan(toml(PLAN | {"trace": {"methods": wrong}}))
+
+
 def test_no_two_readers_have_one_name() -> None:
     with refused(ConfigError, "plan.duplicate"):
         parse_plan(toml(PLAN | {"trace": {"disclose_to": [READER, READER]}}))

@@ -54,6 +54,7 @@ def test_a_plain_plan_has_one_cut_and_nothing_special() -> None:
         reveal_seed=False,
         parties=("alpha", "beta"),
         users=("una may predict and trace and verdict, 70 inputs", "pat may predict, 70 inputs"),
+        second_opinions=None,
         measurement=MEASUREMENT,
     )
 
@@ -111,6 +112,13 @@ def test_a_repair_is_told_with_what_is_left_out() -> None:
     former = FormerParty(name="dogwood", public_key=Member("dogwood").signer.public)
     repair = Repair(run="ab" * 16, model=DIGEST, quarantine=DIGEST, records=4, without=(former,))
     assert summarise(plan(repair=repair)).repair == repair.in_words()
+
+
+def test_second_opinions_are_told() -> None:
+    spec = plan().trace
+    for methods, said in ((("fingerprint",), None), (("fingerprint", "gradient", "trak"), ("gradient", "trak"))):
+        changed = plan(trace=msgspec.structs.replace(spec, methods=methods))
+        assert summarise(changed).second_opinions == said
 
 
 def test_a_wheel_is_told_with_what_it_means() -> None:

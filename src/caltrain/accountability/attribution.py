@@ -14,6 +14,7 @@ All three look at the last layer of one trained model. None of them is evidence 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -23,7 +24,8 @@ from torch import Tensor
 
 _LEAST = 1e-12
 _MOST_NUMBERS = 4096  # of one record's gradient, before features are projected
-_AT_ONCE = 1 << 12
+AT_ONCE = 1 << 12
+"""Records that are worked on together: what they take stays in the cache."""
 
 
 @dataclass(frozen=True)
@@ -41,10 +43,20 @@ class Seen:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def rows(self, start: int) -> Seen:
-        """As many rows from `start` on as are worked on at once."""
-        here = slice(start, start + _AT_ONCE)
-        return Seen(self.features[here], self.probabilities[here], self.labels[here])
+    def rows(self, chosen: slice) -> Seen:
+        """Some of the rows."""
+        return Seen(self.features[chosen], self.probabilities[chosen], self.labels[chosen])
+
+    def blocks(self) -> Iterator[Seen]:
+        """As `Records.blocks`."""
+        return (self.rows(slice(start, start + AT_ONCE)) for start in range(0, len(self), AT_ONCE))
+
+
+class Records(Protocol):
+    """At least one record, held in whatever way."""
+
+    def blocks(self) -> Iterator[Seen]:
+        """All of them, in order, as many at a time as are worked on at once."""
 
 
 class Attribution(Protocol):
@@ -70,12 +82,14 @@ class Fingerprints:
 class GradientDot:
     """By the inner product of two gradients of the loss: that of the record, that of the prediction."""
 
-    records: Seen
+    records: Records
 
     def scores(self, asked: Seen) -> Tensor:
         """As `Attribution.scores`."""
+        errors = _errors(asked)
         # A gradient by the last layer is an outer product, so theirs is a product of two inner ones; one for the bias.
-        return (_errors(asked) @ _errors(self.records).T) * (asked.features @ self.records.features.T + 1)
+        parts = [(errors @ _errors(own).T) * (asked.features @ own.features.T + 1) for own in self.records.blocks()]
+        return torch.cat(parts, 1)
 
 
 class Trak:
@@ -84,8 +98,9 @@ class Trak:
     Features are projected at random where a gradient would have more than 4,096 numbers; the Gram matrix is exact.
     """
 
-    def __init__(self, records: Seen, *, ridge: float = 1e-3, seed: int = 0) -> None:
-        classes, dims = records.probabilities.shape[1], records.features.shape[1]
+    def __init__(self, records: Records, *, ridge: float = 1e-3, seed: int = 0) -> None:
+        first = next(records.blocks())
+        classes, dims = first.probabilities.shape[1], first.features.shape[1]
         room = max(1, _MOST_NUMBERS // classes - 1)
         self._projection: Tensor | None = None
         if dims > room:
@@ -93,8 +108,7 @@ class Trak:
             self._projection = torch.randn((dims, room), generator=generator) / room**0.5
         self._records = records
         gram = torch.zeros(())
-        for start in range(0, len(records), _AT_ONCE):
-            own = self._gradients(records.rows(start))
+        for own in map(self._gradients, records.blocks()):
             gram = gram + own.T @ own
         size = gram.diagonal().mean().clamp_min(_LEAST)
         self._factor = torch.linalg.cholesky(gram + ridge * size * torch.eye(len(gram)))
@@ -102,12 +116,11 @@ class Trak:
     def scores(self, asked: Seen) -> Tensor:
         """As `Attribution.scores`."""
         white = torch.cholesky_solve(self._gradients(asked).T, self._factor)
-        found = torch.empty((len(asked), len(self._records)))
-        for start in range(0, len(self._records), _AT_ONCE):
-            own = self._records.rows(start)
+        parts = []
+        for own in self._records.blocks():
             doubt = 1 - own.probabilities.gather(1, own.labels[:, None])[:, 0]
-            found[:, start : start + len(own)] = (self._gradients(own) @ white).T * doubt
-        return found
+            parts.append((self._gradients(own) @ white).T * doubt)
+        return torch.cat(parts, 1)
 
     def _gradients(self, seen: Seen) -> Tensor:
         """Of the margin log(p / (1 - p)) of each row's label, by the last layer: (n, C (D + 1))."""

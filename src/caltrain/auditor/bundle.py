@@ -20,7 +20,7 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Literal, Required, TypedDict, TypeVar, Unpack
 
 import msgspec
 import numpy as np
@@ -45,6 +45,20 @@ from caltrain.records.shown import Reading
 MAX_BUNDLE_BYTES = 256 << 20
 S = TypeVar("S", TraceStatement, VerdictStatement)
 _now = partial(datetime.now, UTC)
+
+
+class Anchors(TypedDict, total=False):
+    """What an auditor goes by.
+
+    The plan's digest, a head of the chain that a party kept, a policy for the enclave's evidence, a key to open what is
+    disclosed to its reader alone; the time.
+    """
+
+    plan_digest: Required[str]
+    head: str | None
+    policy: Policy | None
+    reading: Reading | None
+    clock: Callable[[], datetime]
 
 
 class TraceBundle(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -128,38 +142,20 @@ def read_bundle(path: Path) -> TraceBundle:
         ) from None
 
 
-def verify_bundle(
-    bundle: TraceBundle,
-    *,
-    plan_digest: str,
-    head: str | None = None,
-    policy: Policy | None = None,
-    reading: Reading | None = None,
-    clock: Callable[[], datetime] = _now,
-) -> Verified:
-    """Check a bundle against the plan's digest (and a chain head that a party kept), without network or host.
+def verify_bundle(bundle: TraceBundle, **anchors: Unpack[Anchors]) -> Verified:
+    """Check a bundle against these anchors, without network or host.
 
     Raises IntegrityError, LineageError, ConfigError, DataError, AccessError or (with a policy) AttestationError at the
     first step that fails.
     """
-    verified = judge_bundle(bundle, plan_digest=plan_digest, head=head, policy=policy, reading=reading, clock=clock)
+    verified = judge_bundle(bundle, **anchors)
     verified.sound()
     return verified
 
 
-def judge_bundle(
-    bundle: TraceBundle,
-    *,
-    plan_digest: str,
-    head: str | None = None,
-    policy: Policy | None = None,
-    reading: Reading | None = None,
-    clock: Callable[[], datetime] = _now,
-) -> Verified:
+def judge_bundle(bundle: TraceBundle, **anchors: Unpack[Anchors]) -> Verified:
     """As `verify_bundle`, but what a contributor signed in vain is a decision about its record, not an error."""
-    trace, proved = prove(
-        bundle, "trace", TraceStatement, plan_digest=plan_digest, head=head, policy=policy, reading=reading, now=clock()
-    )
+    trace, proved = prove(bundle, "trace", TraceStatement, **anchors)
     return Verified(trace=trace, **msgspec.structs.asdict(proved))
 
 
@@ -169,10 +165,10 @@ def prove(
     type_: type[S],
     *,
     plan_digest: str,
-    head: str | None,
-    policy: Policy | None,
-    reading: Reading | None,
-    now: datetime,
+    head: str | None = None,
+    policy: Policy | None = None,
+    reading: Reading | None = None,
+    clock: Callable[[], datetime] = _now,
 ) -> tuple[S, Proved]:
     """All steps, whatever the enclave stated in place of `trace`: that statement, and what is proved besides."""
     plan = check_plan(bundle.plan)
@@ -195,7 +191,7 @@ def prove(
         said.model,
     ):
         raise _refuse("bundle.other-chain", f"the chain does not hold the question of this {kind} where it was asked")
-    _check_evidence(bundle.evidence, plan, said.nonce, key=key, policy=policy, now=now)  # (6)
+    _check_evidence(bundle.evidence, plan, said.nonce, key=key, policy=policy, now=clock())  # (6)
     answers = decide(bundle.disclosures, plan, manifest, said.records(), model=said.model, reading=reading)  # (7)
     return said, Proved(
         plan=plan.digest(),

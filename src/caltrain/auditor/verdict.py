@@ -7,24 +7,18 @@ signature tells: that is measured (docs/accountability.md).
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from datetime import UTC, datetime
-from functools import partial
+from typing import Unpack
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from caltrain.attestation.verify import Policy
-from caltrain.auditor.bundle import Proved, TraceBundle, prove
+from caltrain.auditor.bundle import Anchors, Proved, TraceBundle, prove
 from caltrain.boundary.sealed import commit_input
 from caltrain.crypto.digests import same
 from caltrain.errors import LineageError
 from caltrain.provenance.verdict import VerdictStatement, inputs_root
 from caltrain.records.commitment import RecordRef
-from caltrain.records.shown import Reading
-
-_now = partial(datetime.now, UTC)
 
 
 class VerifiedVerdict(Proved, frozen=True, kw_only=True):
@@ -38,45 +32,20 @@ class VerifiedVerdict(Proved, frozen=True, kw_only=True):
         return self.verdict.records()
 
 
-def verify_verdict(
-    bundle: TraceBundle,
-    *,
-    plan_digest: str,
-    head: str | None = None,
-    policy: Policy | None = None,
-    reading: Reading | None = None,
-    clock: Callable[[], datetime] = _now,
-) -> VerifiedVerdict:
-    """Check it against the plan's digest (and a chain head that a party kept), without network or host.
+def verify_verdict(bundle: TraceBundle, **anchors: Unpack[Anchors]) -> VerifiedVerdict:
+    """Check it against these anchors, without network or host.
 
     Raises IntegrityError, LineageError, ConfigError, DataError, AccessError or (with a policy) AttestationError at the
     first step that fails.
     """
-    verified = judge_verdict(bundle, plan_digest=plan_digest, head=head, policy=policy, reading=reading, clock=clock)
+    verified = judge_verdict(bundle, **anchors)
     verified.sound()
     return verified
 
 
-def judge_verdict(
-    bundle: TraceBundle,
-    *,
-    plan_digest: str,
-    head: str | None = None,
-    policy: Policy | None = None,
-    reading: Reading | None = None,
-    clock: Callable[[], datetime] = _now,
-) -> VerifiedVerdict:
+def judge_verdict(bundle: TraceBundle, **anchors: Unpack[Anchors]) -> VerifiedVerdict:
     """As `verify_verdict`, but what a contributor signed in vain is a decision about its record, not an error."""
-    verdict, proved = prove(
-        bundle,
-        "verdict",
-        VerdictStatement,
-        plan_digest=plan_digest,
-        head=head,
-        policy=policy,
-        reading=reading,
-        now=clock(),
-    )
+    verdict, proved = prove(bundle, "verdict", VerdictStatement, **anchors)
     return VerifiedVerdict(verdict=verdict, **msgspec.structs.asdict(proved))
 
 

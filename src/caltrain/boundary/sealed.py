@@ -22,7 +22,7 @@ from caltrain.crypto.digests import Digest, canonical_json, digest
 from caltrain.crypto.kdf import derive
 from caltrain.errors import UNDECODABLE, IntegrityError
 from caltrain.exposure.figures import Estimate
-from caltrain.plan import MAX_PARTIES, MAX_SHARDS, ManifestShard, Right
+from caltrain.plan import MAX_PARTIES, MAX_SHARDS, ManifestShard, Method, Right
 from caltrain.records.commitment import PartyName, RecordRef, ShardId
 
 MAX_SEALED = 48 << 20
@@ -70,7 +70,7 @@ class ProvisionReceipt(msgspec.Struct, frozen=True, forbid_unknown_fields=True, 
 class Question(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """A user's inputs: `count` arrays of the plan's shape and element type, concatenated; a key for the answer.
 
-    Traces look at the predicted class, or with `any_label` at all; at all `contributors`, or at these.
+    Traces look at the predicted class, or with `any_label` at all; at all `contributors`, or at these; `method` ranks.
     """
 
     kind: Right
@@ -79,6 +79,7 @@ class Question(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     answer_key: Key
     any_label: bool = False
     contributors: Annotated[tuple[PartyName, ...], msgspec.Meta(max_length=MAX_PARTIES)] = ()
+    method: Method = "fingerprint"
 
 
 class Neighbour(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -87,13 +88,13 @@ class Neighbour(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     `distance` is a multiple of the plan's step, and no less than the plan's floor has it. `unusual` is the share of
     clean queries whose neighbour of this rank is at most as far, in steps of 0.01: near 1 for an input that lies
     farther from its class than clean ones do, None where there is nothing to compare with. It follows from the distance
-    as it is told, so it tells no more of it.
+    as it is told, so it tells no more of it. A second opinion tells neither: its scores are nobody's to see.
     """
 
     rank: int
     record: RecordRef
     label: int
-    distance: float
+    distance: float | None
     commitment: Digest
     unusual: float | None
 
@@ -101,7 +102,8 @@ class Neighbour(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
 class TraceStatement(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """What the enclave signs about one traced input (DSSE kind `trace`). `head` is the chain's when it was asked.
 
-    Where fewer records count than the plan has neighbours, all of them are named: none where the class is empty.
+    Where fewer records count than the plan has neighbours, all of them are named: none where the class is empty. By
+    another `method` than fingerprints it is a second opinion: the records that it holds to speak for the prediction.
     `basis` says which clean queries a distance is compared with, `references` how many.
     """
 
@@ -122,6 +124,7 @@ class TraceStatement(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     """Share of the center's steps that the enclave repeated in training; 0: center not audited."""
     resumes: int
     simulated: bool
+    method: Method = "fingerprint"
 
     def records(self) -> dict[RecordRef, str]:
         """The records that it names, with their commitments."""

@@ -24,7 +24,7 @@ from caltrain.crypto.dsse import Envelope
 from caltrain.errors import CaltrainError, ConfigError
 from caltrain.host_client import HostClient
 from caltrain.participant.identity import Identity, load_identity
-from caltrain.plan import Plan, Right
+from caltrain.plan import Method, Plan, Right
 from caltrain.reports.progress import counting
 
 InputsArgument = Annotated[
@@ -35,6 +35,7 @@ HomeOption = Annotated[Path | None, typer.Option(help="the model user's folder")
 PlanOption = Annotated[Path | None, typer.Option(help="plan.toml")]
 PolicyOption = Annotated[Path | None, typer.Option(help="policy.toml: which enclaves this user accepts")]
 _SHOWN = 3
+OPINION = "a second opinion is no evidence of guilt"
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,9 @@ def trace(
     contributor: Annotated[
         list[str], typer.Option("--contributor", help="records of this contributor alone, where the plan allows it")
     ] = [],  # noqa: B006
+    method: Annotated[
+        Method, typer.Option(help="how records are ranked: another than fingerprint is a second opinion")
+    ] = "fingerprint",
     out: Annotated[
         Path | None, typer.Option(help="folder for the answers, as they come, and trace bundles (one a traced input)")
     ] = None,
@@ -75,7 +79,7 @@ def trace(
         with counting(console, "traced", len(array)) as advance:
             for start in range(0, max(len(array), 1), most):
                 part = array[start : start + most]
-                answered = asking.ask("trace", part, any_label=any_label, contributors=contributor)
+                answered = asking.ask("trace", part, any_label=any_label, contributors=contributor, method=method)
                 left, model, simulated = answered.answers.budget_left, answered.answers.model, answered.claims.simulated
                 each = zip(names[start : start + most], answered.traces, answered.envelopes, strict=True)
                 traced += [_Traced(*found, answered.evidence) for found in each]
@@ -97,7 +101,14 @@ def trace(
         say(f"the first {_SHOWN} of {len(traced)}; --out keeps all")
     shown = _as_json(traced) if format_ is Format.JSON else {"traces": f"in {out}" if out else "shown above"}
     emit(
-        {"traced": len(traced), "budget_left": left, "model": model, "simulated": simulated, **shown},
+        {
+            "traced": len(traced),
+            "method": method,
+            "budget_left": left,
+            "model": model,
+            "simulated": simulated,
+            **shown,
+        },
         title="Trace",
     )
 
@@ -107,19 +118,24 @@ def _as_json(traced: Sequence[_Traced]) -> dict[str, object]:
     return {"inputs": [found.name for found in traced], "traces": [found.statement for found in traced]}
 
 
+def ranked_by(statement: TraceStatement) -> str:
+    """What is first among the records of a trace."""
+    return "nearest" if statement.method == "fingerprint" else f"first by {statement.method}"
+
+
 def _say_traces(traced: Sequence[_Traced], plan: Plan, *, all_of_them: bool) -> None:
     for found in traced if all_of_them else traced[:_SHOWN]:
         statement = found.statement
         tally = Counter(n.record.party for n in statement.neighbours).most_common()
         nearest = ", ".join(f"{party} {count}" for party, count in tally) or "no record counts"
-        say(f"{found.name}: predicted {plan.data.classes[statement.predicted]}; nearest: {nearest}")
+        say(f"{found.name}: predicted {plan.data.classes[statement.predicted]}; {ranked_by(statement)}: {nearest}")
         for n in statement.neighbours:
             label = f" {plan.data.classes[n.label]}" if statement.any_label else ""
+            distance = "" if n.distance is None else f" distance {n.distance}"
             unusual = "" if n.unusual is None else f", as far or nearer: {n.unusual:.0%} of {statement.basis} queries"
-            say(
-                f"  {n.rank}. {n.record.party} --record {n.record.shard}:{n.record.leaf}{label}"
-                f" distance {n.distance}{unusual}"
-            )
+            say(f"  {n.rank}. {n.record.party} --record {n.record.shard}:{n.record.leaf}{label}{distance}{unusual}")
+    if any(found.statement.method != "fingerprint" for found in traced):
+        say(OPINION)
 
 
 @dataclass(frozen=True)
@@ -138,7 +154,13 @@ class _Asking:
         return cls(url, load_identity(home), read_plan(plan), read_policy(policy))
 
     def ask(
-        self, kind: Right, inputs: NDArray[np.generic], *, any_label: bool = False, contributors: Sequence[str] = ()
+        self,
+        kind: Right,
+        inputs: NDArray[np.generic],
+        *,
+        any_label: bool = False,
+        contributors: Sequence[str] = (),
+        method: Method = "fingerprint",
     ) -> Answered:
         with HostClient(self.url) as host:
             return ask(
@@ -152,6 +174,7 @@ class _Asking:
                 clock=lambda: datetime.now(UTC),
                 any_label=any_label,
                 contributors=contributors,
+                method=method,
             )
 
 

@@ -15,7 +15,7 @@ from caltrain.auditor.left_out import check_left_out
 from caltrain.auditor.verdict import VerifiedVerdict, check_inputs, judge_verdict
 from caltrain.cli.files import read_named, read_policy
 from caltrain.cli.output import Format, FormatOption, choose, emit, say, say_simulated
-from caltrain.cli.query import missing
+from caltrain.cli.query import OPINION, missing
 from caltrain.cli.verdict_text import show, summary
 from caltrain.crypto.dsse import Envelope
 from caltrain.errors import UNDECODABLE, IntegrityError
@@ -109,7 +109,10 @@ def _of_trace(verified: Verified, inputs: NDArray[np.generic] | None, plan: Plan
     """What a trace says, and which of `inputs` it is of."""
     shown = None if inputs is None else check_input(verified, inputs)
     say(center_note(verified.audit_rate, verified.resumes))
+    if verified.trace.method != "fingerprint":
+        say(OPINION)
     return {
+        "method": verified.trace.method,
         "predicted": plan.data.classes[verified.trace.predicted],
         "input": shown,
         "neighbours": [f"{n.rank}: {n.record.party}" for n in verified.trace.neighbours],

@@ -27,7 +27,7 @@ from caltrain.boundary.sealed import (
 from caltrain.crypto.dsse import MAX_ENVELOPE_BYTES, Envelope, SigningKey, open_envelope
 from caltrain.errors import AccessError, DataError, IntegrityError
 from caltrain.host_client import HostClient
-from caltrain.plan import Plan, Right
+from caltrain.plan import Method, Plan, Right
 from caltrain.provenance.verdict import VerdictStatement, inputs_root
 
 _STEP = "read answer"
@@ -57,10 +57,11 @@ def ask(
     clock: Callable[[], datetime],
     any_label: bool = False,
     contributors: Sequence[str] = (),
+    method: Method = "fingerprint",
 ) -> Answered:
     """Ask about `inputs` (N, C, H, W) of the plan's element type, at most `most_at_once`.
 
-    Where the plan allows it, traces are of records of any class, or of these contributors alone.
+    Where the plan allows it, traces are of records of any class, of these contributors alone, or by another method.
 
     Raises AttestationError before anything is sealed, DataError, AccessError (not named, budget spent).
     """
@@ -78,6 +79,7 @@ def ask(
         answer_key=os.urandom(32),
         any_label=any_label,
         contributors=tuple(contributors),
+        method=method,
     )
     envelope = seal_message("query", question, binding=bundle.binding, sender=user, signer=signer)
     sealed = host.post_bytes(f"/v1/users/{user}/query", envelope, limit=MAX_SEALED)
@@ -132,8 +134,9 @@ def _trace(
     envelope: Envelope, bundle: EvidenceBundle, answers: Answers, question: Question, *, user: str
 ) -> TraceStatement:
     trace = open_envelope(envelope, "trace", bundle.binding.signing_key, TraceStatement, step=_STEP)
-    said = (trace.user, trace.nonce, trace.model, trace.any_label, trace.contributors)
-    if said != (user, bundle.binding.nonce, answers.model, question.any_label, question.contributors):
+    said = (trace.user, trace.nonce, trace.model, trace.any_label, trace.contributors, trace.method)
+    asked = (question.any_label, question.contributors, question.method)
+    if said != (user, bundle.binding.nonce, answers.model, *asked):
         raise _mismatch("a trace is of another question or model")
     return trace
 

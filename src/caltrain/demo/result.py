@@ -64,7 +64,7 @@ class TracedPicture(msgspec.Struct, frozen=True, kw_only=True):
 
     rank: int
     party: str
-    distance: float
+    distance: float | None
     label: str
     planted: bool
     png: bytes

@@ -3,39 +3,38 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from caltrain.accountability.reference import NOTHING, Reference, in_steps
+from caltrain.accountability.attribution import Seen
 from caltrain.boundary.messages import Done, Query, RecordDisclosure
 from caltrain.boundary.sealed import (
     Answers,
     DisclosureNote,
-    Neighbour,
     Question,
     SealedMessage,
-    TraceStatement,
     commit_input,
     open_message,
     seal_for,
 )
-from caltrain.crypto.digests import canonical_json, digest, to_raw, to_text
-from caltrain.crypto.dsse import Envelope, open_envelope
+from caltrain.crypto.digests import canonical_json, digest, to_raw
+from caltrain.crypto.dsse import open_envelope
 from caltrain.enclave.limits import draw
-from caltrain.enclave.linkage import EVERYWHERE, Hit, Where
+from caltrain.enclave.linkage import EVERYWHERE, Where
+from caltrain.enclave.opinion import not_kept
 from caltrain.enclave.run import Run, State, present
+from caltrain.enclave.trace import traces
 from caltrain.enclave.verdict import padded, verdict
 from caltrain.errors import AccessError, DataError, IntegrityError
-from caltrain.models.network import features_and_logits
-from caltrain.plan import Plan, TraceSpec, User
+from caltrain.models.network import last_features
+from caltrain.plan import Plan, User
 from caltrain.training.batches import center_crop, normalise
 
 _BATCH = 256
 MAX_SCORES = 1 << 20
-_LONGEST = 2.0  # between vectors of length one
 
 
 def query(run: Run, message: Query) -> tuple[Done, State]:
@@ -48,6 +47,7 @@ def query(run: Run, message: Query) -> tuple[Done, State]:
     binding = run.vault.redeem(sealed, "query")
     question = open_message(sealed, Question, binding=binding, key=run.vault.encryption, step="query")
     inputs = _inputs(plan, question)
+    _check_method(run, question)
     where = _where(run, question)
     left = _spend(run, user, question)
     with torch.inference_mode():
@@ -92,6 +92,15 @@ def _inputs(plan: Plan, question: Question) -> Tensor:
     return torch.from_numpy(array.copy())
 
 
+def _check_method(run: Run, question: Question) -> None:
+    """Only traces are by methods, and by those of the plan."""
+    methods = present(run.plan).trace.answered if question.kind == "trace" else ("fingerprint",)
+    if question.method not in methods:
+        raise _denied("query.method", f"no {question.kind} is answered by the method {question.method}", "query")
+    if question.method != "fingerprint" and run.outputs is None:
+        raise not_kept()
+
+
 def _where(run: Run, question: Question) -> Where:
     """Which records count. Filters are for traces, where the plan allows them, and for parties that it names."""
     plan = present(run.plan)
@@ -124,10 +133,11 @@ def _answer(
     features, scores = [], []
     for part in torch.split(inputs, _BATCH):
         x = normalise(center_crop(part, plan.model.size), plan.data, channels_last=plan.training.channels_last)
-        embedding, logits = features_and_logits(model, plan.model, x)
-        features.append(embedding)
+        last, logits = last_features(model, plan.model, x)
+        features.append(last)
         scores.append(logits.softmax(1))
-    probabilities, embeddings = torch.cat(scores), torch.cat(features)
+    asked = Seen(torch.cat(features), torch.cat(scores), torch.cat(scores).argmax(1))
+    probabilities, embeddings = asked.probabilities, F.normalize(asked.features, dim=1)
     # A norm that overflows leaves an embedding of zeros, which is equally far from every record.
     if not bool(probabilities.isfinite().all() and embeddings.any(dim=1).all()):
         raise DataError(
@@ -136,7 +146,7 @@ def _answer(
             step="query",
             fix="Send inputs of the size that the model was trained on.",
         )
-    predicted = tuple(int(p) for p in probabilities.argmax(1))
+    predicted = tuple(asked.labels.tolist())
     if question.kind == "predict":
         table = tuple(tuple(round(float(s), 6) for s in row) for row in probabilities)
         return Answers(model=run.model_digest, predicted=predicted, scores=table, budget_left=left)
@@ -144,76 +154,8 @@ def _answer(
     if question.kind == "verdict":
         signed = verdict(run, embeddings, predicted=predicted, user=user.name, nonce=nonce, inputs=commitments)
         return padded(run, Answers(model=run.model_digest, predicted=predicted, verdict=signed, budget_left=left))
-    hits = _nearest(run, question, embeddings, predicted, where)
-    traces = tuple(
-        _trace(run, question, hits[i], label, commitments[i], user=user, nonce=nonce, index=i)
-        for i, label in enumerate(predicted)
-    )
-    return Answers(model=run.model_digest, predicted=predicted, traces=traces, budget_left=left)
-
-
-def _nearest(
-    run: Run, question: Question, embeddings: Tensor, predicted: Sequence[int], where: Where
-) -> list[list[Hit]]:
-    """For each input the nearest records, inside its predicted class unless any counts: fewer where fewer count."""
-    store, model, k = present(run.linkage), run.model_digest, present(run.plan).trace.neighbours
-    found: list[list[Hit]] = [[] for _ in predicted]
-    wanted = [None if question.any_label else own for own in predicted]
-    for label in set(wanted):
-        labels = store.labels(model) if label is None else (label,)
-        asked = [i for i, own in enumerate(wanted) if own == label]
-        there = min(k, sum(store.count(model, each, where=where) for each in labels))
-        if there:
-            hits = store.nearest(embeddings[asked], model=model, labels=labels, k=there, where=where)
-            for i, own_hits in zip(asked, hits, strict=True):
-                found[i] = own_hits
-    return found
-
-
-def _trace(
-    run: Run, question: Question, hits: Sequence[Hit], label: int, input_: str, *, user: User, nonce: str, index: int
-) -> Envelope:
-    """Sign the ranked records for the input of this commitment, with no more precision than the plan allows."""
-    reference = run.references.get(label, NOTHING)
-    distances = [_told(rank, hit, reference, present(run.plan).trace) for rank, hit in enumerate(hits, 1)]
-    # Clean queries were asked about their own class and all contributors: they say nothing of other questions.
-    compared = NOTHING if question.any_label or question.contributors else reference
-    step = present(run.plan).trace.distance_step
-    statement = TraceStatement(
-        run=run.vault.run,
-        model=run.model_digest,
-        user=user.name,
-        nonce=nonce,
-        index=index,
-        input_commitment=input_,
-        head=run.chain.head,
-        predicted=label,
-        any_label=question.any_label,
-        contributors=question.contributors,
-        neighbours=tuple(
-            Neighbour(
-                rank=rank,
-                record=hit.record,
-                label=hit.label,
-                distance=round(told * step, 6),
-                commitment=to_text(hit.commitment),
-                unusual=compared.unusual(rank, told),
-            )
-            for rank, (hit, told) in enumerate(zip(hits, distances, strict=True), 1)
-        ),
-        basis=compared.basis,
-        references=compared.count,
-        audit_rate=run.audit_rate,
-        resumes=run.resumes,
-        simulated=run.vault.attester.simulated,
-    )
-    return run.vault.signing.sign("trace", statement)
-
-
-def _told(rank: int, hit: Hit, reference: Reference, spec: TraceSpec) -> int:
-    """A distance in steps of the plan; whether it is that of a copy or of what is merely alike does not show."""
-    steps, most = in_steps(hit.distance, spec.distance_step), in_steps(_LONGEST, spec.distance_step)
-    return reference.told(rank, steps, floor=spec.distance_floor, most=most)
+    signed_traces = traces(run, question, asked, where=where, user=user.name, nonce=nonce, inputs=commitments)
+    return Answers(model=run.model_digest, predicted=predicted, traces=signed_traces, budget_left=left)
 
 
 def record_disclosure(run: Run, message: RecordDisclosure) -> tuple[Done, State]:

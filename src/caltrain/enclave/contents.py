@@ -41,14 +41,16 @@ _MOST_FILTERS, _LEAST_FILTERS, _RECORDS_A_FILTER = 128, 8, 8
 class Passed:
     """What the pass found of every record, in the pool's order.
 
-    Fingerprints (N, D), probabilities (N, C), labels and contributors (N,); where each is, and its commitment.
+    Where each is, and its commitment; fingerprints (N, D) and the lengths (N,) that they had as features, probabilities
+    (N, C), labels and contributors (N,).
     """
 
+    lines: list[tuple[RecordRef, bytes]]
     fingerprints: Tensor
+    lengths: Tensor
     probabilities: Tensor
     labels: Tensor
     sources: Tensor
-    lines: list[tuple[RecordRef, bytes]]
 
 
 class Learning:
@@ -121,9 +123,9 @@ class Contents:
     keys: Keys
     order: Tensor
 
-    def witnesses(self, keys: Keys) -> tuple[RidgeWitness, ...]:
-        """Witnesses whose row i is the record of the i-th of these keys."""
-        return self.in_order(self.order[torch.from_numpy(np.searchsorted(self.keys, keys))])
+    def rows(self, keys: Keys) -> Tensor:
+        """Of each of these keys its record's row in the pool."""
+        return self.order[torch.from_numpy(np.searchsorted(self.keys, keys))]
 
     def in_order(self, rows: Tensor) -> tuple[RidgeWitness, ...]:
         """Witnesses whose row i is row `rows[i]` of the pool."""

@@ -11,6 +11,7 @@ from typing import TypeVar
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -26,7 +27,7 @@ from caltrain.enclave.run import Run, State, present
 from caltrain.enclave.zones import joined, same_center, shown_center
 from caltrain.errors import UNCOMPUTABLE
 from caltrain.exposure.figures import Estimate
-from caltrain.models.network import features_and_logits
+from caltrain.models.network import last_features
 from caltrain.models.weights import model_digest, state_of
 from caltrain.records.commitment import RecordRef
 from caltrain.training.batches import center_crop, normalise
@@ -55,7 +56,7 @@ def _pass(run: Run) -> tuple[Passed, Contents]:
     """Every record through the model and past the witnesses, without augmentation."""
     plan, manifest, pool, model = present(run.plan), present(run.manifest), present(run.pool), present(run.model)
     learning = Learning(pool, plan.data, contributors=len(manifest.parties), seed=run.seed)
-    features, odds, labels, sources = [], [], [], []
+    features, lengths, odds, labels, sources = [], [], [], [], []
     lines: list[tuple[RecordRef, bytes]] = []
     # Blocks follow the last permutation, so the order of access tells nothing of whose record is where.
     for start in range(0, pool.shape.records, pool.shape.block):
@@ -65,8 +66,9 @@ def _pass(run: Run) -> tuple[Passed, Contents]:
             for part in torch.split(elements, _BATCH):
                 x = center_crop(part, plan.model.size)
                 x = normalise(x, plan.data, channels_last=plan.training.channels_last)
-                embedding, logits = features_and_logits(model, plan.model, x)
-                features.append(embedding)
+                embedding, logits = last_features(model, plan.model, x)
+                features.append(F.normalize(embedding, dim=1))
+                lengths.append(embedding.norm(dim=1))
                 odds.append(logits.softmax(1))
         learning.add(rows, elements, own_labels)
         labels.append(own_labels)
@@ -76,7 +78,8 @@ def _pass(run: Run) -> tuple[Passed, Contents]:
     fingerprints = torch.cat(features)
     if not bool(fingerprints.isfinite().all()):
         raise not_finite("features")
-    return Passed(fingerprints, torch.cat(odds), torch.cat(labels), torch.cat(sources), lines), learning.done()
+    figures = (torch.cat(part) for part in (lengths, odds, labels, sources))
+    return Passed(lines, fingerprints, *figures), learning.done()
 
 
 def _scan(run: Run, passed: Passed, contents: Contents) -> tuple[Scores, dict[str, Estimate]]:

@@ -13,6 +13,7 @@ from caltrain.boundary.sealed import ReleasedPart, seal_for
 from caltrain.crypto.digests import canonical_json, digest
 from caltrain.crypto.merkle import merkle_root
 from caltrain.enclave.linkage import LinkageStore
+from caltrain.enclave.opinion import outputs
 from caltrain.enclave.reference import references
 from caltrain.enclave.run import Run, present
 from caltrain.enclave.run import State as RunState
@@ -63,6 +64,7 @@ def link(run: Run, _message: Link) -> tuple[Done, RunState]:
     lines = passed.lines
     run.linkage = _store(run, passed.fingerprints, passed.labels, lines)
     run.references = references(run, passed.fingerprints, passed.labels)
+    run.outputs = outputs(run, passed)
     run.passed = None
     root = merkle_root(sorted(commitment for _, commitment in lines))
     statement = LinkedModel(

@@ -26,9 +26,9 @@ from caltrain.training.seeds import RunSeeds
 from caltrain.training.zone import Zone
 
 if TYPE_CHECKING:  # what a run keeps may itself be made from a run
-    from caltrain.accountability.cases import Dossier
     from caltrain.enclave.contents import Contents, Passed
-    from caltrain.enclave.linkage import Table
+    from caltrain.enclave.evidence import Evidence
+    from caltrain.enclave.opinion import Outputs
 
 T = TypeVar("T")
 Batch = tuple[Tensor, Tensor]
@@ -145,8 +145,10 @@ class Run:
     passed: Passed | None = None
     """What the pass over all records found: it waits for the link."""
     contents: Contents | None = None
-    evidence: tuple[str, Table, Dossier] | None = None
-    """What verdicts start from, and the head of the linkage store that it is of."""
+    outputs: Outputs | None = None
+    """What second opinions need of every record, where the plan has them and there is room."""
+    evidence: Evidence | None = None
+    """What verdicts and second opinions start from."""
     linkage: LinkageStore | None = None
     references: dict[int, Reference] = field(default_factory=dict)
     """By class, how far clean queries are from its records."""

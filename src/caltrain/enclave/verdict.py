@@ -10,20 +10,18 @@ import base64
 import math
 
 import msgspec
-import numpy as np
 import torch
 from torch import Tensor
 
-from caltrain.accountability.cases import Dossier, Links, Mispredictions, Verdict
+from caltrain.accountability.cases import Mispredictions, Verdict
 from caltrain.accountability.verdict import judge
 from caltrain.boundary.sealed import Answers
 from caltrain.crypto.dsse import Envelope
-from caltrain.enclave.ingest import record_key
+from caltrain.enclave.evidence import evidence
 from caltrain.enclave.linkage import Table
 from caltrain.enclave.run import Run, present
 from caltrain.errors import UNCOMPUTABLE, DataError
 from caltrain.exposure.figures import Estimate
-from caltrain.plan import RunManifest
 from caltrain.provenance.verdict import (
     MAX_REASON,
     MAX_SUSPECT_SHARDS,
@@ -35,7 +33,6 @@ from caltrain.provenance.verdict import (
 )
 
 METHOD = "nearest-and-witnesses/v2"
-_MOST_BYTES = 4 << 30
 # How much of a signed verdict is what, in bytes of JSON, rounded up.
 _FIXED, _A_PARTY, _AN_INPUT, _A_SHARD, _A_RECORD = 4096, 256, 48, 192, 64
 
@@ -47,7 +44,8 @@ def verdict(
 
     Raises DataError `linkage.too-large`, `verdict.not-computable`.
     """
-    table, dossier = _evidence(run)
+    all_ = evidence(run)
+    table, dossier = all_.table, all_.dossier
     try:
         found = judge(dossier, Mispredictions(embeddings, torch.tensor(predicted)))
     except UNCOMPUTABLE:
@@ -81,19 +79,6 @@ def verdict(
     return run.vault.signing.sign("verdict", statement)
 
 
-def _evidence(run: Run) -> tuple[Table, Dossier]:
-    """All links and the witnesses to them: put together for the first verdict, kept for as long as no link changes."""
-    store, manifest = present(run.linkage), present(run.manifest)
-    if run.evidence is None or run.evidence[0] != store.head:
-        table = store.table(run.model_digest, limit=_MOST_BYTES)
-        party, shard = _places(manifest, table)
-        sources = torch.from_numpy(party[table.source].astype(np.int64))
-        links = Links(table.fingerprints, table.labels, sources, tuple(own.name for own in manifest.parties))
-        keys = record_key(party[table.source], shard[table.source], table.leaf)
-        run.evidence = store.head, table, Dossier(links, present(run.contents).witnesses(keys))
-    return run.evidence[1:]
-
-
 def padded(run: Run, answers: Answers) -> Answers:
     """The answer, as long as any to so many inputs of this run: neither names nor numbers of suspects show in it."""
     manifest = present(run.manifest)
@@ -112,17 +97,6 @@ def room_for(inputs: int, *, parties: int, shards: int, records: int) -> int:
         + _A_RECORD * min(records, MAX_SUSPECTS)
     )
     return statement * 4 // 3 + (1 << 17)  # in base64
-
-
-def _places(manifest: RunManifest, table: Table) -> tuple[np.ndarray, np.ndarray]:
-    """Of each shard of a table the number of its party in the manifest, and its own there."""
-    number = {
-        (party.name, entry.shard): (i, j)
-        for i, party in enumerate(manifest.parties)
-        for j, entry in enumerate(party.shards)
-    }
-    places = np.array([number[shard] for shard in table.shards], np.uint32)
-    return places[:, 0], places[:, 1]
 
 
 def _blamed(found: Verdict, contributors: tuple[str, ...]) -> tuple[Blamed, ...]:

@@ -87,7 +87,13 @@ def lay_out(module: nn.Module, *, channels_last: bool) -> None:
 def features_and_logits(model: Network, spec: ModelSpec, x: Tensor) -> tuple[Tensor, Tensor]:
     """Penultimate embedding, L2-normalised (N, D), and logits (N, classes): one pass in the model's mode.
 
-    The embedding is the input of the last layer with weights, averaged over places (CALTRAIN's fingerprint F).
+    The embedding is that of `last_features` (CALTRAIN's fingerprint F).
     """
+    features, logits = last_features(model, spec, x)
+    return F.normalize(features, dim=1), logits
+
+
+def last_features(model: Network, spec: ModelSpec, x: Tensor) -> tuple[Tensor, Tensor]:
+    """The input of the last layer with weights, averaged over places (N, D), and logits (N, classes)."""
     (logits,), features = model.through((x,), keep=embedding_layer(spec))
-    return F.normalize(mean_over_places(cast(Tensor, features)).flatten(1), dim=1), logits
+    return mean_over_places(cast(Tensor, features)).flatten(1), logits

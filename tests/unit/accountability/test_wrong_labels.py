@@ -181,6 +181,6 @@ def test_what_a_view_rules_out_is_unlikely_and_not_impossible() -> None:
     """A view may say 0; its logarithm is then that of one in a thousand million."""
     dossier, _, _ = drawn(2)
     links, certain = dossier.links, F.one_hot(dossier.links.labels, CLASSES).float()
-    said = examine(Dossier(links, Told(certain, links.labels, links.sources)), certain).suspicion
+    said = examine(Dossier(links, (Told(certain, links.labels, links.sources),)), certain).suspicion
     assert bool(said.isfinite().all())
     assert float(said.max()) < 0.05

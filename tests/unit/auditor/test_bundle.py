@@ -135,6 +135,13 @@ def test_a_sound_bundle_says_what_it_proves(audit: Audit) -> None:
     assert len(verified.records) == 2
 
 
+def test_a_trace_from_before_there_were_methods_is_by_fingerprints(audit: Audit) -> None:
+    said = msgspec.to_builtins(audit.trace)
+    assert said.pop("method") == "fingerprint"
+    verified = audit.verify(trace=audit.signing.sign("trace", msgspec.defstruct("Old", [*said])(**said)))
+    assert verified.trace == audit.trace
+
+
 def test_a_bundle_of_a_run_from_public_weights_says_so(audit: Audit) -> None:
     assert not audit.verify().front_public
     world, signing = audit.world, audit.signing

@@ -220,6 +220,21 @@ def test_a_question_has_a_bounded_number_of_inputs(count: int) -> None:
         open_message(with_plain(msgspec.msgpack.encode(plain)), Question, binding=BINDING, key=KEY, step="query")
 
 
+@pytest.mark.parametrize("method", ["magic", "", None, ["trak"]])
+def test_a_question_has_a_method_that_there_is(method: object) -> None:
+    plain = {"kind": "trace", "count": 1, "inputs": b"", "answer_key": bytes(32)}
+    sealed = with_plain(msgspec.msgpack.encode(plain))
+    assert open_message(sealed, Question, binding=BINDING, key=KEY, step="query").method == "fingerprint"
+    with pytest.raises(IntegrityError, match=r"^sealed\.malformed: "):
+        open_message(
+            with_plain(msgspec.msgpack.encode(plain | {"method": method})),
+            Question,
+            binding=BINDING,
+            key=KEY,
+            step="query",
+        )
+
+
 # --- what the enclave seals to somebody's key ------------------------------------------------------------------
 
 

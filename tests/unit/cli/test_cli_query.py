@@ -36,7 +36,7 @@ from caltrain.project import Project
 from caltrain.records.commitment import RecordRef
 from caltrain.records.disclosure import Disclosure, Refusal
 from caltrain.records.quarantine import Repair
-from support.bundles import INPUT, bundle_of, disclosed, statement_of, traced_world
+from support.bundles import INPUT, bundle_of, disclosed, statement_of, traced_world, with_opinions
 from support.commands import Cli
 from support.folders import identity_of, policy_of
 from support.repairs import FEW, entry, quarantine_of, repaired
@@ -356,7 +356,7 @@ def test_trace_names_the_records_behind_a_prediction(
     enclave["simulated"] = simulated
     np.save(tmp_path / "inputs.npy", np.concatenate([INPUTS, INPUTS]))
     found = cli("trace", tmp_path / "inputs.npy", *asking(project), as_json=True).json
-    assert (found["traced"], found["budget_left"], found["model"]) == (6, 5, DIGEST)
+    assert (found["traced"], found["budget_left"], found["model"], found["method"]) == (6, 5, DIGEST, "fingerprint")
     assert found["simulated"] is simulated
     assert [trace["neighbours"][0]["record"]["leaf"] for trace in found["traces"]] == [*range(6)]
     text = cli("trace", tmp_path / "inputs.npy", *asking(project)).out
@@ -365,6 +365,7 @@ def test_trace_names_the_records_behind_a_prediction(
     assert f"1. birch --record {SHARD}:2 distance 0.25, as far or nearer: 97% of held-out queries\n" in text
     assert f"{SHARD}:3" not in text
     assert "the first 3 of 6; --out keeps all" in text
+    assert query.OPINION not in text
 
 
 def test_traces_are_kept_before_anything_else_can_fail(
@@ -492,6 +493,23 @@ def test_a_trace_without_neighbours_and_one_of_any_class_say_so(project: Project
     assert "one.npy: predicted 7; nearest: no record counts" in out
 
 
+def test_a_second_opinion_is_asked_for_by_name_and_says_what_it_is_not(
+    project: Project, inputs: Path, enclave: dict[str, Any], cli: Cli, capsys: Any
+) -> None:
+    found = cli("trace", inputs, *asking(project), "--method", "trak", as_json=True).json
+    assert (enclave["method"], found["method"]) == ("trak", "trak")
+    assert cli("trace", inputs, *asking(project), "--method", "magic").code == 2
+    (full,) = answered("trace", 1).traces
+    alone = tuple(msgspec.structs.replace(n, distance=None, unusual=None) for n in full.neighbours)
+    statement = msgspec.structs.replace(full, method="gradient", neighbours=alone)
+    traced = query._Traced("one.npy", statement, answered("trace", 1).envelopes[0], EVIDENCE)
+    query._say_traces([traced], project.plan, all_of_them=False)
+    out = capsys.readouterr().out
+    assert "one.npy: predicted 7; first by gradient: birch 2, alder 1\n" in out
+    assert f"1. birch --record {SHARD}:0\n" in out
+    assert out.count("a second opinion is no evidence of guilt") == 1
+
+
 # --- verify ---------------------------------------------------------------------------------------------------------
 
 
@@ -515,6 +533,7 @@ def test_verify_says_what_a_bundle_proves(traced: tuple[World, TraceBundle], bun
         "verified": True,
         "run": world.run.vault.run,
         "model": world.run.model_digest,
+        "method": "fingerprint",
         "predicted": world.plan.data.classes[trace.predicted],
         "input": None,
         "outcomes": {f"{r.party}/{r.shard}/{r.leaf}": "undisclosed" for r in (n.record for n in trace.neighbours)},
@@ -531,9 +550,21 @@ def test_verify_says_what_a_bundle_proves(traced: tuple[World, TraceBundle], bun
         "left_out": [],
     }
     text = cli("verify", bundle, "--plan-digest", world.plan.digest()).out
+    assert query.OPINION not in text
     assert text.count("simulated enclave") == 1
     assert text.count("center not audited") == 1
     assert "public weights" not in text
+
+
+def test_verify_takes_a_second_opinion_for_what_it_is(tmp_path: Path, cli: Cli) -> None:
+    world, found = traced_world(change=with_opinions, method="trak")
+    named = [neighbour.record for neighbour in statement_of(found).neighbours]
+    (tmp_path / "bundle.json").write_bytes(msgspec.json.encode(found))
+    (tmp_path / "answer.json").write_bytes(msgspec.json.encode([disclosed(world, named[0])]))
+    words = ("verify", tmp_path / "bundle.json", "--plan-digest", world.plan.digest())
+    shown = cli(*words, "--disclosures", tmp_path / "answer.json", as_json=True).json
+    assert (shown["method"], shown["disclosed"], shown["undisclosed"]) == ("trak", 1, len(named) - 1)
+    assert cli(*words).out.count("a second opinion is no evidence of guilt") == 1
 
 
 def test_verify_says_that_the_front_net_is_no_secret(

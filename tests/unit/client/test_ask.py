@@ -356,6 +356,7 @@ ANSWERS: dict[str, tuple[Callable[[Answers, Forger], Answers], str]] = {
     "with a trace of another class": (retraced(predicted=99), "answer.mismatch"),
     "with a trace of any class": (retraced(any_label=True), "answer.mismatch"),
     "with a trace of one contributor": (retraced(contributors=("beta",)), "answer.mismatch"),
+    "with a trace by another method": (retraced(method="trak"), "answer.mismatch"),
     "with a trace that somebody else signed": (retraced(signer=SigningKey()), "signature.invalid"),
 }
 

@@ -269,6 +269,7 @@ def test_a_trace_ranks_the_nearest_records_of_the_predicted_class(batch: int, mo
         assert len({n.record for n in trace.neighbours}) == 4
         for neighbour, distance in zip(trace.neighbours, nearest, strict=True):
             assert abs(true[neighbour.record] - distance) < 1e-4
+            assert neighbour.distance is not None
             assert abs(neighbour.distance - distance) <= 0.015 + 1e-4
             assert neighbour.distance == round(round(neighbour.distance / 0.03) * 0.03, 6)
             assert neighbour.commitment == to_text(known[neighbour.record].commitment)

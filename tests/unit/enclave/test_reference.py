@@ -106,6 +106,7 @@ def test_how_unusual_a_distance_is_follows_from_what_is_told_of_it() -> None:
     for statement in traced(world, pictures(6, seed=4)):
         found = world.run.references[statement.predicted]
         for n in statement.neighbours:
+            assert n.distance is not None
             assert n.unusual == found.unusual(n.rank, round(n.distance / 0.05))
             assert n.unusual is None or n.unusual >= 0.5  # the floor
 
@@ -117,7 +118,7 @@ def test_a_record_that_was_trained_on_is_not_told_from_one_that_is_merely_alike(
     assert len(near) > 5  # those that are predicted as their label
     for statement in traced(hidden, own.numpy()):
         floor = hidden.run.references[statement.predicted].steps[:, -1] * 0.001
-        told = [n.distance for n in statement.neighbours]
+        told = [n.distance for n in statement.neighbours if n.distance is not None]
         assert told == sorted(told)
         assert all(distance >= least - 1e-9 for distance, least in zip(told, floor, strict=False))
 
@@ -242,7 +243,7 @@ def test_a_filter_does_not_get_around_the_floor() -> None:
     own, _ = world.data()
     for statement in traced(world, own.numpy()[:9], any_label=True):
         least = world.run.references[statement.predicted].steps[0, -1] * 0.001
-        assert all(n.distance >= least - 1e-9 for n in statement.neighbours)
+        assert all(n.distance is not None and n.distance >= least - 1e-9 for n in statement.neighbours)
 
 
 def unfiltered(plan: Plan) -> Plan:

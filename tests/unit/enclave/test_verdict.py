@@ -18,6 +18,7 @@ from caltrain.boundary.sealed import MAX_SEALED, Answers
 from caltrain.crypto.digests import canonical_json, digest, to_text
 from caltrain.crypto.dsse import MAX_ENVELOPE_BYTES, SigningKey
 from caltrain.crypto.merkle import merkle_root
+from caltrain.enclave import evidence as links
 from caltrain.enclave import verdict as module
 from caltrain.enclave.run import State, present
 from caltrain.exposure.figures import Estimate
@@ -231,14 +232,14 @@ def test_what_a_verdict_starts_from_is_put_together_once(monkeypatch: pytest.Mon
 
 def test_links_that_take_too_much_memory_are_refused_and_the_question_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     world = linked()
-    monkeypatch.setattr(module, "_MOST_BYTES", 27 * 16 * 4 - 1)
+    monkeypatch.setattr(links, "MOST_BYTES", 27 * 16 * 4 - 1)
     asked = world.question("verdict", pictures(3, seed=99))
     reply = world.send(m.Query("una", asked.envelope))
     assert isinstance(reply, m.Failed)
     assert (reply.error["code"], reply.fatal) == ("linkage.too-large", False)
     assert world.run.spent == {"una": 3}
     assert world.run.evidence is None
-    monkeypatch.setattr(module, "_MOST_BYTES", 27 * 16 * 4)
+    monkeypatch.setattr(links, "MOST_BYTES", 27 * 16 * 4)
     asked_for_verdict(world)
 
 

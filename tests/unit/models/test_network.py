@@ -27,7 +27,7 @@ from caltrain.models.layers import (
     Stage,
     Transformer,
 )
-from caltrain.models.network import Network, build, features_and_logits, lay_out, set_draws, zone_of
+from caltrain.models.network import Network, build, features_and_logits, last_features, lay_out, set_draws, zone_of
 from caltrain.models.spec import ModelSpec, Partition, layer_shapes, live_at, zone_ranges
 from caltrain.training.seeds import Draws, initialise
 from support.samples import refused
@@ -234,6 +234,9 @@ def test_a_fingerprint_is_the_last_layers_input_at_unit_length(spec: ModelSpec) 
     assert torch.allclose(features.norm(dim=1), torch.ones(len(x)), atol=1e-6)
     (inner,), _ = zone_of(model, spec, range(len(spec.layers) - 1)).through((x,))
     assert torch.allclose(features * inner.norm(dim=1, keepdim=True), inner, atol=1e-5)
+    own, same_logits = last_features(model, spec, x)
+    assert torch.equal(own, inner)
+    assert torch.equal(same_logits, logits)
 
 
 def test_where_a_convolution_comes_last_a_fingerprint_is_the_mean_over_its_places() -> None:
