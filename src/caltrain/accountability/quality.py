@@ -5,9 +5,9 @@ agrees most, within strata of records on which it is about equally sure. There a
 probability of the given label by r (1 - e - a): e is the view's error, a what it gives the very wrong label. Two things
 are not known, and the interval covers both:
 
-  a            between chance and e (an annotator who errs exactly as the view does)
+  a            between chance and a quarter more than e (an annotator who errs just where the view does)
   hard strata  where e is so large that agreement would hardly fall, wrong labels may be as often as elsewhere, or more
-               often in proportion to e (annotators err on hard records)
+               often in proportion to e, or as often as the view errs (annotators err on hard records)
 
 Nothing here says how many wrong labels the best contributor has among records on which the view is unsure.
 """
@@ -24,6 +24,7 @@ from torch import Tensor
 
 _STRATA = 10
 _BLUNT = 0.3  # what agreement must be able to fall by, for anything to be concluded from it
+_ALIKE = 1.25
 _ERRORS = 3.0  # standard errors at either end: they are of strata that were chosen by the same records
 _SAMPLE = 100_000
 Array = NDArray[np.float64]
@@ -46,7 +47,7 @@ def shares_of_wrong_labels(view: Tensor, labels: Tensor, sources: Tensor, contri
     """
     strata = _Strata.of(view, labels, sources, contributors)
     chance = 1 / max(1, view.shape[1] - 1)
-    few, some, many = (strata.told(meets) for meets in (chance, (1 + chance) / 2, 1.0))
+    few, some, many = (strata.told(meets) for meets in (chance, (1 + chance) / 2, _ALIKE))
     unseen = float((strata.error + 2 * np.sqrt(strata.spread[strata.best])).min())
     estimate = np.array([some.fitted(c) for c in range(contributors)])
     low = np.array([few.mean(c) - _ERRORS * few.deviation(c) for c in range(contributors)])
@@ -88,11 +89,11 @@ class _Told:
         return self._over(contributor, line @ found)
 
     def highest(self, contributor: int) -> float:
-        """Of all records: where nothing is told, in proportion to e; with the mean at its upper end."""
+        """Of all records, with the mean at its upper end: where nothing is told, in proportion to e, at least e."""
         end = self.mean(contributor) + _ERRORS * self.deviation(contributor)
         error = self.strata.error
         usual = max(float(self._weights(contributor) @ error), 1e-3)
-        return self._over(contributor, end / usual * error) + _ERRORS * self.deviation(contributor)
+        return self._over(contributor, np.maximum(end / usual, 1) * error) + _ERRORS * self.deviation(contributor)
 
     def _over(self, contributor: int, elsewhere: Array) -> float:
         shares = np.where(self.here, self.shares[contributor], np.clip(elsewhere, 0.0, 1.0))

@@ -172,10 +172,10 @@ class Levels:
         return (easy + middling + beyond) / 3
 
     def highest(self) -> float:
-        """Where nothing is told, in proportion to the view's error; three standard errors up."""
+        """Where nothing is told, in proportion to the view's error, at least that; three standard errors up."""
         told, (mean, deviation) = self.told(), self.mean()
         usual = sum(ERRORS[: len(told)]) / len(told)
-        beyond = [min(1.0, (mean + 3 * deviation) / usual * error) for error in ERRORS[len(told) :]]
+        beyond = [min(1.0, max(1.0, (mean + 3 * deviation) / usual) * error) for error in ERRORS[len(told) :]]
         return (sum(share for share, _ in told) + sum(beyond)) / 3 + 3 * deviation
 
 
@@ -183,14 +183,14 @@ class Levels:
 @pytest.mark.parametrize("classes", [2, 3, 5])
 def test_estimate_and_interval_are_those_of_the_definition(classes: int, wrong: Wrong) -> None:
     chance = 1 / (classes - 1)
-    few, some, many = (Levels(classes, wrong, meets) for meets in (chance, (1 + chance) / 2, 1.0))
+    few, some, many = (Levels(classes, wrong, meets) for meets in (chance, (1 + chance) / 2, 1.25))
     assert len(some.told()) == 2, "the third level is to be guessed at"
     shares = shares_of_wrong_labels(*few.drawn(), 2)
     mean, deviation = few.mean()
     assert float(shares.estimate[1]) == pytest.approx(some.fitted(), abs=1e-4)
     assert float(shares.low[1]) == pytest.approx(min(some.fitted(), mean - 3 * deviation), abs=1e-4)
     unseen = ERRORS[0] + 2 * (0.05 / EACH / EACH) ** 0.5
-    assert float(shares.high[1]) == pytest.approx(max(many.highest(), some.highest()) + unseen, abs=1e-4)
+    assert float(shares.high[1]) == pytest.approx(min(1.0, max(many.highest(), some.highest()) + unseen), abs=1e-4)
 
 
 def test_records_are_compared_with_those_on_which_the_view_is_about_as_sure() -> None:
