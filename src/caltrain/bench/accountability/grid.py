@@ -29,15 +29,14 @@ OnRound = Callable[[int, int], None]
 Result = TypeVar("Result")
 
 
-class CaseReport(msgspec.Struct, frozen=True, kw_only=True):
-    """One case at one share. `accuracy` and `attack_success` are the models', `figures` ours, `peers` the others'."""
+class CaseReport(Figures, frozen=True, kw_only=True):
+    """One case at one share: our figures. `accuracy` and `attack_success` are the models', `peers` the others'."""
 
     case: str
     share: float | None
     runs: int
     accuracy: float
     attack_success: float | None
-    figures: Figures
     peers: dict[str, Figures]
 
 
@@ -138,12 +137,12 @@ def _report(found: Sequence[Done]) -> CaseReport:
     job, success = found[0].job, [each.success for each in found if each.success is not None]
     by_method = {name: figures([each.tallies[name] for each in found]) for name in found[0].tallies}
     return CaseReport(
+        **msgspec.structs.asdict(by_method.pop(OURS)),
         case=job.name,
         share=job.share,
         runs=len(found),
         accuracy=sum(each.accuracy for each in found) / len(found),
         attack_success=sum(success) / len(success) if success else None,
-        figures=by_method.pop(OURS),
         peers=by_method,
     )
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from rich.box import SIMPLE
 from rich.table import Table
 
+from caltrain.bench.accountability.figures import Figures
 from caltrain.bench.accountability.grid import AccountabilityReport, CaseReport
 from caltrain.bench.accountability.jobs import OURS
 from caltrain.bench.accountability.planting import Case
@@ -38,7 +39,7 @@ def _case(data: str, each: CaseReport) -> Table:
     attack = "" if each.attack_success is None else f", attack success {each.attack_success:.3f}"
     about = f"{data}, {Case(each.case, each.share)}: {each.runs} runs, accuracy {each.accuracy:.3f}{attack}"
     table = Table(title=about, title_justify="left", box=SIMPLE, padding=0)
-    methods = {OURS: each.figures, **each.peers}
+    methods: dict[str, Figures] = {OURS: each, **each.peers}
     told = {
         title: name for title, name in _COLUMNS.items() if any(getattr(f, name) is not None for f in methods.values())
     }
