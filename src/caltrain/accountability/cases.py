@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Protocol
 
@@ -52,6 +52,8 @@ class Heard:
 
     links: Links
     witness: Witness
+    knows: dict[tuple[int, int, frozenset[int]], bool] = field(default_factory=dict, repr=False, compare=False)
+    """What was found of whether it knows a contributor's pictures, but for a label's and for those of others."""
 
     @cached_property
     def said(self) -> Tensor:

@@ -34,10 +34,11 @@ def grow(fingerprints: Tensor, doubt: Tensor, *, seeds: Tensor, accused: Tensor)
     """
     columns = torch.cat((fingerprints, doubt[:, None]), 1)
     columns = (columns - columns.mean(0)) / columns.std(0, correction=0).clamp_min(1e-6)
+    folds = _folds(columns)
     found = seeds & accused
     seen: list[Tensor] = []
     for _ in range(_ROUNDS):
-        odds = _odds(columns, found)
+        odds = _odds(columns, found, folds)
         now = accused & (odds > 0)
         if not now.any() or any(torch.equal(now, before) for before in seen):
             break
@@ -83,24 +84,33 @@ def _suspects(found: Tensor, like: Tensor, accused: Tensor) -> Suspects:
     return Suspects(found.nonzero().squeeze(1), precision(rate), precision(high), precision(low))
 
 
-def _odds(columns: Tensor, found: Tensor) -> Tensor:
+def _folds(columns: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Which rows (n,) are out of each fold, and X^T X (D, D) of the others: the same in every round."""
+    outs = [torch.arange(len(columns)) % _FOLDS == number for number in range(_FOLDS)]
+    return [(out, columns[~out].T @ columns[~out]) for out in outs]
+
+
+def _odds(columns: Tensor, found: Tensor, folds: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
     """Log odds (n,) of belonging to `found`, by Fisher's discriminant, shrunk; each row by other rows."""
-    fold = torch.arange(len(columns)) % _FOLDS
     odds = torch.empty(len(columns))
-    for number in range(_FOLDS):
-        out = fold == number
+    for out, gram in folds:
         yes, no = columns[found & ~out], columns[~found & ~out]
         if len(yes) < 2 or len(no) < 2:
             odds[out] = torch.where(found[out], 1.0, -1.0)
             continue
-        odds[out] = fisher(yes, no, columns[out])
+        odds[out] = fisher(yes, no, columns[out], gram=gram)
     return odds
 
 
-def fisher(yes: Tensor, no: Tensor, rows: Tensor) -> Tensor:
-    """Log odds (r,) that `rows` (r, D) belong with `yes` (at least two) and not with `no` (at least two)."""
-    away = torch.cat((yes - yes.mean(0), no - no.mean(0)))
-    spread = away.T @ away / len(away)
+def fisher(yes: Tensor, no: Tensor, rows: Tensor, *, gram: Tensor | None = None) -> Tensor:
+    """Log odds (r,) that `rows` (r, D) belong with `yes` (at least two) and not with `no` (at least two).
+
+    `gram` is X^T X (D, D) of both together, where that is known.
+    """
+    if gram is None:
+        gram = yes.T @ yes + no.T @ no
+    count = len(yes) + len(no)
+    spread = (gram - sum(len(side) * torch.outer(side.mean(0), side.mean(0)) for side in (yes, no))) / count
     spread = spread + _SHRINK * spread.diagonal().mean().clamp_min(_LEAST) * torch.eye(len(spread))
     weights = torch.linalg.solve(spread, yes.mean(0) - no.mean(0))
     # Shrinking makes the line's own scale wrong: its two ends are measured again, as two normal distributions.

@@ -179,9 +179,15 @@ class _Class:
 
     def _knows(self, contributor: int, accused: Tensor) -> bool:
         """Whether the witness knows the contributor's kind of pictures, by its records of other classes."""
+        named = contributor, self.label, frozenset(self.sources[accused].tolist())
+        if named not in self.heard.knows:
+            self.heard.knows[named] = self._compared(*named)
+        return self.heard.knows[named]
+
+    def _compared(self, contributor: int, label: int, accused: frozenset[int]) -> bool:
         links = self.heard.links
-        names = torch.tensor(sorted({contributor, *self.sources[accused].tolist()}))
-        elsewhere = links.labels != self.label
+        names = torch.tensor(sorted({contributor, *accused}))
+        elsewhere = links.labels != label
         own = (elsewhere & (links.sources == contributor)).nonzero().squeeze(1)
         others = (elsewhere & ~torch.isin(links.sources, names)).nonzero().squeeze(1)
         one, other = _alike(links.labels, own, others)
