@@ -172,6 +172,7 @@ BAD_FILES: dict[str, bytes | Callable[[Path], None]] = {
     "an unhashable key": npy(b"{[]: 1}"),
     "a header of 60 kB": npy(header("(3, 1, 8, 8)") + b" " * 60_000, b"\0" * 192),
     "Python 2 numbers": npy(header("(3L, 1L, 8L, 8L)"), b"\0" * 192),
+    "a single number": npy(header("()"), b"\0"),
 }
 
 
@@ -188,6 +189,7 @@ def test_a_file_that_is_no_plain_array_is_refused(
     shown = cli("predict", folder, path, as_json=True)
     assert (shown.code, shown.error["code"]) == (11, "input.unreadable")
     assert "u8" in shown.error["fix"]
+    assert cli("trace", path, *asking(project), as_json=True).error["code"] == "input.unreadable"
     assert not (tmp_path / "exploded").exists()
 
 
