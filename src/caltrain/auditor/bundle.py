@@ -138,7 +138,10 @@ def read_bundle(path: Path) -> TraceBundle:
         return json_decoder(TraceBundle).decode(path.read_bytes())
     except (OSError, *UNDECODABLE) as error:
         raise IntegrityError(
-            "bundle.malformed", f"{path} is not a trace bundle: {error}", step="read bundle", fix="Get it again."
+            "bundle.malformed",
+            f"{path} is not a bundle: {error}",
+            step="read bundle",
+            fix="Give a bundle file that trace or verdict wrote with --out; if it is one, get it again.",
         ) from None
 
 

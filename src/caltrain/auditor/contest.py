@@ -117,10 +117,10 @@ def _decided(answer: Envelope, plan: Plan, manifest: RunManifest, asked: _Asked,
 def _named(answer: Disclosure | SealedDisclosure | Refusal, party: str, asked: _Asked) -> _Named:
     """The record that it answers for."""
     if answer.model != asked.model:
-        raise _refuse("disclosure.other-model", f"it is of the model {answer.model}, the trace of {asked.model}")
+        raise _refuse("disclosure.other-model", f"it is of the model {answer.model}, the bundle of {asked.model}")
     named = asked.records.get(answer.record_ref)
     if named is None or named.record.party != party:
-        raise _refuse("disclosure.not-traced", f"the trace names no such record of {party}")
+        raise _refuse("disclosure.not-traced", f"the bundle names no such record of {party}")
     return named
 
 
@@ -146,5 +146,5 @@ def _refuse(code: str, what: str) -> LineageError:
         code,
         f"a disclosure was refused: {what}",
         step=_STEP,
-        fix="Have the contributor answer for a record that this trace names, to those whom the plan names.",
+        fix="Have the contributor answer for a record that the bundle names, to those whom the plan names.",
     )

@@ -112,6 +112,8 @@ def _array(path: Path) -> NDArray[np.generic]:
             raise ValueError("larger than 2 GiB")
         # Mapped: a header that announces more than there is allocates nothing, and Python objects are refused.
         array = np.lib.format.open_memmap(path, mode="r", max_header_size=_MAX_HEADER)
+        if not array.ndim:
+            raise ValueError("it holds a single number")
     except Exception as error:  # noqa: BLE001  # numpy evaluates the header: a hostile one can raise nearly anything
         raise DataError(
             "input.unreadable",

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, get_args
 
 import typer
 from rich.table import Table
 
-from caltrain.boundary.sealed import Scan, SuspicionReport
-from caltrain.cli.output import Format, FormatOption, choose, emit, say
+from caltrain.boundary.sealed import Scan
+from caltrain.cli.output import Format, FormatOption, choose, console, emit, say, say_simulated
 from caltrain.cli.query import missing
 from caltrain.host_client import HostClient
-from caltrain.participant.hunt import fetch_report, kept_report, most_suspicious
+from caltrain.participant.hunt import Suspicious, fetch_report, kept_report, most_suspicious
 from caltrain.participant.identity import load_identity
+from caltrain.reports.progress import waiting
 from caltrain.reports.terminal import in_words, plain
 
 _SCANS: tuple[Scan, ...] = get_args(Scan)
@@ -33,12 +35,13 @@ def hunt(
     if bool(url) == bool(run):
         raise missing("either --url or --run says which hunt is meant")
     if url:
-        with HostClient(url) as host:
+        with HostClient(url) as host, waiting(console, "until the hunt is done"):
             run, report = fetch_report(host, identity, seconds=timeout)
     else:
         report = kept_report(identity, run)
     found = {scan: most_suspicious(report, scan, top=top) for scan in _SCANS}
-    say(_table(report, top))
+    say_simulated()  # a report does not say it; this version has no other enclave
+    say(_table(found))
     for party, share in report.wrong_labels.items():
         say(f"{party}: wrong labels, estimated: {in_words(share)}")
     records = {
@@ -53,17 +56,16 @@ def hunt(
             "suspicious": records,
         },
         title="Hunt",
+        told={"wrong_labels", "suspicious"},
     )
 
 
-def _table(report: SuspicionReport, top: int) -> Table:
-    """A column a scan, the most suspicious records first."""
+def _table(found: Mapping[Scan, Sequence[Suspicious]]) -> Table:
+    """Scan by scan its records, the most suspicious first, each on one line to be copied."""
     table = Table(box=None, padding=(0, 2, 0, 0))
-    columns = []
-    for scan in _SCANS:
-        table.add_column(scan, overflow="fold")
-        records = most_suspicious(report, scan, top=top)
-        columns.append([plain(f"{s.score:.3f} {s.shard}:{s.leaf}") for s in records])
-    for row in zip(*columns, strict=True):
-        table.add_row(*row)
+    for heading in ("scan", "score", "record"):
+        table.add_column(heading, no_wrap=heading == "record")
+    for scan, records in found.items():
+        for row, each in enumerate(records):
+            table.add_row("" if row else scan, f"{each.score:.3f}", plain(f"{each.shard}:{each.leaf}"))
     return table

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Collection
 from enum import StrEnum
 from typing import Annotated, Any
 
@@ -41,8 +42,8 @@ def wants_json() -> bool:
     return console.quiet
 
 
-def emit(value: Any, *, title: str = "") -> None:
-    """Print a result: an object as JSON, or as a table of its fields."""
+def emit(value: Any, *, title: str = "", told: Collection[str] = ()) -> None:
+    """Print a result: an object as JSON, or as a table of its fields but for those that people were `told` already."""
     if wants_json():
         sys.stdout.buffer.write(msgspec.json.encode(value) + b"\n")
         sys.stdout.flush()
@@ -51,7 +52,7 @@ def emit(value: Any, *, title: str = "") -> None:
     table.add_column()
     table.add_column(overflow="fold")  # digests and paths are to be copied: never cut short
     for key, field in msgspec.to_builtins(value).items():
-        if field is not None:
+        if field is not None and key not in told:
             table.add_row(plain(key), plain(_text(field)))
     console.print(table)
 

@@ -12,6 +12,7 @@ from caltrain.cli import hunt, quality
 from caltrain.cli.files import read_plan, read_policy, write_json
 from caltrain.cli.judging import judging
 from caltrain.cli.output import Format, FormatOption, choose, emit, say, say_simulated
+from caltrain.cli.query import missing
 from caltrain.crypto.digests import to_raw
 from caltrain.errors import LineageError
 from caltrain.exposure.figures import BudgetName
@@ -24,6 +25,7 @@ from caltrain.participant.cut import agree_to_cut
 from caltrain.participant.disclose import disclose as disclose_record
 from caltrain.participant.disclose import note_disclosure
 from caltrain.participant.disclose import refuse as refuse_record
+from caltrain.participant.heads import known_run
 from caltrain.participant.identity import create_identity, load_identity
 from caltrain.participant.join import join as join_run
 from caltrain.participant.rejoin import rejoin as rejoin_run
@@ -55,7 +57,7 @@ def reader(
     home: Annotated[Path, typer.Option(help="the folder of a party, a model user or an auditor")],
     format_: FormatOption = Format.TEXT,
 ) -> None:
-    """The entry under [[trace.disclose_to]] with which a plan has records disclosed to this identity."""
+    """The entry under trace.disclose_to with which a plan has records disclosed to this identity."""
     choose(format_)
     identity = load_identity(home)
     emit(Reader(name=identity.name, encryption_key=identity.reading_key().public), title="For the plan")
@@ -151,6 +153,8 @@ def disclose(
     Where it names none they are in clear: read them before you hand them on.
     """
     choose(format_)
+    if bool(url) != bool(run) or (url and refuse):
+        raise missing("--url and --run belong together, to note in the chain what is disclosed; a refusal is not noted")
     agreed, identity = read_plan(plan), load_identity(home)
     to_raw(model)
     references = [_reference(identity.name, text) for text in record]
@@ -159,12 +163,13 @@ def disclose(
         emit({"party": identity.name, "refused": len(references), "file": str(out)}, title="Refused")
         return
     disclosed = [disclose_record(identity, agreed, reference, model=model) for reference in references]
-    signed = [envelope for envelope, _ in disclosed]
-    write_json(out, signed)
     if url:
+        known_run(identity, run)
         with HostClient(url) as host:
             for _, commitment in disclosed:
                 note_disclosure(host, identity, run=run, commitment=commitment)
+    signed = [envelope for envelope, _ in disclosed]
+    write_json(out, signed)
     readers = [reader.name for reader in agreed.trace.disclose_to]
     emit(
         {"party": identity.name, "disclosed": len(signed), "file": str(out), "readers": readers or ["anybody"]},

@@ -14,7 +14,7 @@ from caltrain.participant.history import History, HuntedRun, history_of
 from caltrain.participant.identity import load_identity
 from caltrain.reports.terminal import in_words, plain
 
-_WIDE = 24
+_WIDE = 16
 
 
 def quality(
@@ -66,8 +66,8 @@ def _table(history: History) -> Table:
     told = [share for run in history.runs for share in run.wrong_labels.values()]
     top = max(share.high for share in told) or 1.0
     table = Table(box=None, padding=(0, 2, 0, 0))
-    for heading in ("contributor", "run", "wrong labels", f"0 to {top:.0%}", "changed before"):
-        table.add_column(heading, overflow="fold")
+    for heading in ("contributor", "run", "wrong labels", f"0 to {top:.0%}", "changed"):
+        table.add_column(heading, overflow="fold", no_wrap=heading not in {"contributor", "changed"})
     for name in history.contributors:
         rows = [(number, run) for number, run in enumerate(history.runs, 1) if name in run.wrong_labels]
         for row, (number, run) in enumerate(rows):

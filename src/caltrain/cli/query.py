@@ -26,6 +26,7 @@ from caltrain.host_client import HostClient
 from caltrain.participant.identity import Identity, load_identity
 from caltrain.plan import Method, Plan, Right
 from caltrain.reports.progress import counting
+from caltrain.reports.terminal import center_note
 
 InputsArgument = Annotated[
     list[Path], typer.Argument(help=".npy of (N, C, H, W) or (C, H, W), PNG and JPEG pictures, or folders of these")
@@ -96,6 +97,8 @@ def trace(
                 write_json(out / f"bundle-{index}.json", bundle)
     if simulated:
         say_simulated()
+    if traced:
+        say(center_note(traced[0].statement.audit_rate, traced[0].statement.resumes))
     _say_traces(traced, asking.plan, all_of_them=False)
     if len(traced) > _SHOWN and out is None:
         say(f"the first {_SHOWN} of {len(traced)}; --out keeps all")
@@ -129,11 +132,13 @@ def _say_traces(traced: Sequence[_Traced], plan: Plan, *, all_of_them: bool) -> 
         tally = Counter(n.record.party for n in statement.neighbours).most_common()
         nearest = ", ".join(f"{party} {count}" for party, count in tally) or "no record counts"
         say(f"{found.name}: predicted {plan.data.classes[statement.predicted]}; {ranked_by(statement)}: {nearest}")
+        if any(n.unusual is not None for n in statement.neighbours):
+            say(f"  unusual: share of {statement.references} {statement.basis} queries that are at most as far")
         for n in statement.neighbours:
-            label = f" {plan.data.classes[n.label]}" if statement.any_label else ""
-            distance = "" if n.distance is None else f" distance {n.distance}"
-            unusual = "" if n.unusual is None else f", as far or nearer: {n.unusual:.0%} of {statement.basis} queries"
-            say(f"  {n.rank}. {n.record.party} --record {n.record.shard}:{n.record.leaf}{label}{distance}{unusual}")
+            label = f" label {plan.data.classes[n.label]}" if statement.any_label else ""
+            distance = "" if n.distance is None else f" distance {n.distance:g}"
+            unusual = "" if n.unusual is None else f" unusual {n.unusual:.2f}"
+            say(f"  {n.rank}. {n.record.party} {n.record.shard}:{n.record.leaf}{label}{distance}{unusual}")
     if any(found.statement.method != "fingerprint" for found in traced):
         say(OPINION)
 

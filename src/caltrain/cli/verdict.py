@@ -9,10 +9,11 @@ import typer
 
 from caltrain.auditor.collect import collect_bundle
 from caltrain.cli.files import read_named, write_json
-from caltrain.cli.output import Format, FormatOption, choose, emit, say_simulated
+from caltrain.cli.output import Format, FormatOption, choose, console, emit, say_simulated
 from caltrain.cli.query import HomeOption, InputsArgument, PlanOption, PolicyOption, UrlOption, ask_enclave
-from caltrain.cli.verdict_text import show, summary
+from caltrain.cli.verdict_text import TOLD, show, summary
 from caltrain.host_client import HostClient
+from caltrain.reports.progress import waiting
 
 
 def verdict(
@@ -28,7 +29,8 @@ def verdict(
     """Ask who is responsible for a batch of mispredicted inputs. Each of them counts against the budget."""
     choose(format_)
     array, names = read_named(inputs)
-    answered, agreed = ask_enclave("verdict", array, url, home, plan, policy)
+    with waiting(console, "the enclave looks at all records"):
+        answered, agreed = ask_enclave("verdict", array, url, home, plan, policy)
     (envelope,), (said,) = answered.envelopes, answered.verdicts
     if out is not None:
         write_json(out / "verdict.json", envelope)
@@ -41,4 +43,4 @@ def verdict(
         from caltrain.reports.verdict import write_verdict  # noqa: PLC0415  # jinja2, only for a page
 
         write_verdict(report, said, names=names, classes=agreed.data.classes)
-    emit(summary(said) | {"budget_left": answered.answers.budget_left}, title="Verdict")
+    emit(summary(said) | {"budget_left": answered.answers.budget_left}, title="Verdict", told=TOLD)

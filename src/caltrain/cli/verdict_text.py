@@ -11,6 +11,8 @@ from caltrain.provenance.verdict import VerdictStatement
 from caltrain.reports.terminal import center_note, in_words, plain
 
 _SHOWN = 9
+TOLD = frozenset({"outcome", "responsible", "blamed", "reason", "precision", "audit_rate", "center", "simulated"})
+"""Fields of `summary` that `show` has put into words."""
 
 
 def show(said: VerdictStatement) -> None:
@@ -19,10 +21,11 @@ def show(said: VerdictStatement) -> None:
     say(f"responsible: {', '.join(said.responsible)}" if said.responsible else "cannot tell who is responsible")
     say(said.reason)
     say(_blame(said))
+    say("A row is the look that speaks most against a contributor: shares of blame do not add up to one.")
     if said.found:
-        say(f"{said.found} records held responsible, of which {in_words(said.precision)} are estimated to be")
+        say(f"{said.found} records held responsible, estimated to be so rightly: {in_words(said.precision)}")
     for record in [*said.records()][:_SHOWN]:
-        say(f"  {record.party} --record {record.shard}:{record.leaf}")
+        say(f"  {record.party} {record.shard}:{record.leaf}")
 
 
 def _blame(said: VerdictStatement) -> Table:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -16,7 +17,7 @@ from caltrain.auditor.verdict import VerifiedVerdict, check_inputs, judge_verdic
 from caltrain.cli.files import read_named, read_policy
 from caltrain.cli.output import Format, FormatOption, choose, emit, say, say_simulated
 from caltrain.cli.query import OPINION, missing
-from caltrain.cli.verdict_text import show, summary
+from caltrain.cli.verdict_text import TOLD, show, summary
 from caltrain.crypto.dsse import Envelope
 from caltrain.errors import UNDECODABLE, IntegrityError
 from caltrain.files import read_bounded
@@ -63,7 +64,7 @@ def verify(
         raise missing("--left-out needs the list itself: --quarantine FILE")
     if quarantine is not None:
         check_left_out(verified, read_bounded(quarantine, limit=MAX_QUARANTINE_BYTES), commitments=left_out)
-    inputs = read_named([input_])[0] if input_ else None
+    inputs, names = read_named([input_]) if input_ else (None, [])
     if verified.simulated:
         say_simulated()
     if not verified.appraised:
@@ -72,7 +73,7 @@ def verify(
         said = _of_verdict(verified, inputs)
         answered = [decision for decision in verified.decisions if decision.outcome != "undisclosed"]
     else:
-        said = _of_trace(verified, inputs, found.plan)
+        said = _of_trace(verified, inputs, names, found.plan)
         answered = [*verified.decisions]
     if verified.front_public:
         say("training began from public weights: the FrontNet is no secret")
@@ -91,7 +92,7 @@ def verify(
             "model": verified.model,
             "outcomes": {_place(decision.record): decision.outcome for decision in answered},
             "disclosed": len(verified.records),
-            "undisclosed": len(verified.undisclosed),
+            "undisclosed": sum(decision.outcome == "undisclosed" for decision in verified.decisions),
             "events": verified.events,
             "head": verified.head,
             "simulated": verified.simulated,
@@ -102,12 +103,18 @@ def verify(
             "left_out": left_out,
         },
         title="The bundle verifies",
+        told={"input", "outcomes", "neighbours", "simulated", "repair", "left_out"}
+        | (TOLD if "outcome" in said else set()),
     )
 
 
-def _of_trace(verified: Verified, inputs: NDArray[np.generic] | None, plan: Plan) -> dict[str, object]:
+def _of_trace(
+    verified: Verified, inputs: NDArray[np.generic] | None, names: Sequence[str], plan: Plan
+) -> dict[str, object]:
     """What a trace says, and which of `inputs` it is of."""
     shown = None if inputs is None else check_input(verified, inputs)
+    if shown is not None:
+        say(f"the trace is of the input {names[shown]}")
     say(center_note(verified.audit_rate, verified.resumes))
     if verified.trace.method != "fingerprint":
         say(OPINION)

@@ -120,7 +120,9 @@ def _spend(run: Run, user: User, question: Question) -> int:
         raise _denied("user.may-not", f"{user.name} may not {question.kind}", "query")
     left = user.budget - run.spent.get(user.name, 0)
     if question.count > left:
-        raise _denied("user.budget-spent", f"{user.name} has {left} questions left, asked {question.count}", "query")
+        raise _denied(
+            "user.budget-spent", f"{user.name} may ask about {left} more inputs, asked about {question.count}", "query"
+        )
     draw(run, user, question.count)
     run.spent[user.name] = run.spent.get(user.name, 0) + question.count
     return left - question.count

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from caltrain.errors import EnvironmentFault, from_wire
 from caltrain.host_client import HostClient, RunStatus
@@ -64,6 +64,19 @@ def counting(console: Console, what: str, total: int) -> Iterator[Callable[[int]
         yield lambda more: bar.advance(task, more)
 
 
+@contextmanager
+def waiting(console: Console, what: str) -> Iterator[None]:
+    """Something that moves, and for how long already, where nobody can say how long it will take."""
+    columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True, disable=not _seen(console)) as bar:
+        bar.add_task(what, total=None)
+        yield
+
+
+def _seen(console: Console) -> bool:
+    return console.is_interactive and not console.quiet
+
+
 def _bar(console: Console) -> Progress:
     return Progress(
         SpinnerColumn(),
@@ -75,7 +88,7 @@ def _bar(console: Console) -> Progress:
         console=console,
         transient=True,
         expand=True,
-        disable=not console.is_interactive or console.quiet,
+        disable=not _seen(console),
     )
 
 

@@ -180,6 +180,30 @@ def test_refusing_is_signed_and_shows_nothing(
     assert said == Refusal(record_ref=RecordRef("ann", sealed, 3), model=MODEL[1])
 
 
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [
+        (("--url", "http://127.0.0.1:1"), (10, "option.missing")),
+        (("--run", "ab" * 16), (10, "option.missing")),
+        (("--refuse", "--url", "http://127.0.0.1:1", "--run", "ab" * 16), (10, "option.missing")),
+        (("--url", "http://127.0.0.1:1", "--run", "ab" * 16), (17, "run.unknown")),
+        (("--url", "http://127.0.0.1:1", "--run", "../ab"), (17, "run.unknown")),
+    ],
+)
+def test_what_cannot_be_noted_is_not_written(
+    words: tuple[str, ...], code: tuple[int, str], sealed: str, home: Path, project: Project, cli: Cli
+) -> None:
+    out = home / "disclosures.json"
+    asked = ("party", "disclose", "--home", home, "--plan", project.plan_path, "--record", f"{sealed}:3", *MODEL)
+    shown = cli(*asked, "--out", out, *words, as_json=True)
+    assert (shown.code, shown.error["code"]) == code
+    assert not out.exists()
+
+
+def test_help_shows_what_stands_in_brackets_in_a_plan(cli: Cli) -> None:
+    assert "trace.disclose_to" in cli("party", "reader", "--help").out
+
+
 def test_the_entry_of_a_reader_opens_what_is_sealed_to_it(home: Path, cli: Cli) -> None:
     shown = cli("party", "reader", "--home", home, as_json=True).json
     again = cli("party", "reader", "--home", home, as_json=True).json

@@ -96,5 +96,5 @@ def test_intervals_in_characters_have_one_scale() -> None:
     names, numbers, _, bars, _ = ([str(cell) for cell in column.cells] for column in table.columns)
     assert names == ["alder", "birch", ""]
     assert [number[:2] for number in numbers] == ["1 ", "1 ", "2 "]
-    assert bars == ["●" + "·" * 23, "·····├───●─────────────┤", "·" * 23 + "●"]
+    assert bars == ["●" + "·" * 15, "···├──●────────┤", "·" * 15 + "●"]
     assert str(table.columns[3].header) == "0 to 50%"

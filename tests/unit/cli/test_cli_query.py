@@ -172,6 +172,7 @@ BAD_FILES: dict[str, bytes | Callable[[Path], None]] = {
     "an unhashable key": npy(b"{[]: 1}"),
     "a header of 60 kB": npy(header("(3, 1, 8, 8)") + b" " * 60_000, b"\0" * 192),
     "Python 2 numbers": npy(header("(3L, 1L, 8L, 8L)"), b"\0" * 192),
+    "a single number": npy(header("()"), b"\0"),
 }
 
 
@@ -188,6 +189,7 @@ def test_a_file_that_is_no_plain_array_is_refused(
     shown = cli("predict", folder, path, as_json=True)
     assert (shown.code, shown.error["code"]) == (11, "input.unreadable")
     assert "u8" in shown.error["fix"]
+    assert cli("trace", path, *asking(project), as_json=True).error["code"] == "input.unreadable"
     assert not (tmp_path / "exploded").exists()
 
 
@@ -362,7 +364,9 @@ def test_trace_names_the_records_behind_a_prediction(
     text = cli("trace", tmp_path / "inputs.npy", *asking(project)).out
     assert text.count("simulated enclave") == named
     assert "inputs.npy:2: predicted 7; nearest: birch 2, alder 1\n" in text
-    assert f"1. birch --record {SHARD}:2 distance 0.25, as far or nearer: 97% of held-out queries\n" in text
+    assert f"1. birch {SHARD}:2 distance 0.25 unusual 0.97\n" in text
+    assert text.count("unusual: share of 100 held-out queries that are at most as far") == 3
+    assert text.count("center not audited") == 1
     assert f"{SHARD}:3" not in text
     assert "the first 3 of 6; --out keeps all" in text
     assert query.OPINION not in text
@@ -489,7 +493,7 @@ def test_a_trace_without_neighbours_and_one_of_any_class_say_so(project: Project
         traced = query._Traced("one.npy", statement, answered("trace", 1).envelopes[0], EVIDENCE)
         query._say_traces([traced], project.plan, all_of_them=False)
     out = capsys.readouterr().out
-    assert f"--record {SHARD}:0 7 distance 0.25" in out
+    assert f"birch {SHARD}:0 label 7 distance 0.25" in out
     assert "one.npy: predicted 7; nearest: no record counts" in out
 
 
@@ -506,7 +510,7 @@ def test_a_second_opinion_is_asked_for_by_name_and_says_what_it_is_not(
     query._say_traces([traced], project.plan, all_of_them=False)
     out = capsys.readouterr().out
     assert "one.npy: predicted 7; first by gradient: birch 2, alder 1\n" in out
-    assert f"1. birch --record {SHARD}:0\n" in out
+    assert f"1. birch {SHARD}:0\n" in out
     assert out.count("a second opinion is no evidence of guilt") == 1
 
 
@@ -660,6 +664,7 @@ def test_verify_checks_the_input_that_a_user_shows(
     words = ("verify", bundle, "--plan-digest", traced[0].plan.digest(), "--input", tmp_path / "shown.npy")
     np.save(tmp_path / "shown.npy", np.concatenate([INPUT[:, :, ::-1], INPUT]))
     assert cli(*words, as_json=True).json["input"] == 1
+    assert f"the trace is of the input {tmp_path / 'shown.npy'}:1" in cli(*words).out
     np.save(tmp_path / "shown.npy", INPUT[:, :, ::-1])
     shown = cli(*words, as_json=True)
     assert (shown.code, shown.error["code"]) == (17, "bundle.other-input")
@@ -677,6 +682,10 @@ def test_verify_says_for_each_record_what_was_decided_though_one_is_false(
         world.parties[named[1].party].signer.sign("refusal", refusal),
         disclosed(world, named[2]),
     ]
+    (tmp_path / "true.json").write_bytes(msgspec.json.encode(answers[1:]))
+    sound = ("verify", bundle, "--plan-digest", world.plan.digest(), "--disclosures", tmp_path / "true.json")
+    counted = cli(*sound, as_json=True).json
+    assert (counted["disclosed"], counted["undisclosed"]) == (1, len(named) - 2)  # a refusal is an answer
     (tmp_path / "answers.json").write_bytes(msgspec.json.encode(answers))
     words = ("verify", bundle, "--plan-digest", world.plan.digest(), "--disclosures", tmp_path / "answers.json")
     shown = cli(*words)

@@ -87,8 +87,9 @@ def test_a_verdict_names_who_is_responsible_and_how_sure_that_is(
     assert text.count("simulated enclave") == 1
     assert "center not audited: a hostile host could have planted what no record shows" in text
     assert re.search(r"beta +100\.0% +33\.3% +0\.0001 +0\.0002", text)
-    assert "12 records held responsible, of which 98.8% (91.2% to 100.0%) are estimated to be" in text
-    assert text.count(" --record ") == 9
+    assert "12 records held responsible, estimated to be so rightly: 98.8% (91.2% to 100.0%)" in text
+    assert "share_of_blame" not in text  # the table says it
+    assert len(re.findall(r"^  \w+ [0-9a-f]{32}:\d+$", text, re.M)) == 9
     shown = cli("verdict", inputs, *asking(project), as_json=True).json
     assert (shown["outcome"], shown["responsible"], shown["suspects"]) == ("responsible", ["beta"], 12)
     assert shown["kinds"] == {"trigger": 2, "mislabelled": 1}
@@ -216,7 +217,9 @@ def test_a_party_reads_which_of_its_records_are_suspicious(home: Path, cli: Cli)
     assert shown["wrong_labels"] == {"ann": {"value": 0.125, "low": 0.05, "high": 0.25, "n": 2}}
     assert (shown["party"], shown["run"], shown["model"]) == ("ann", RUN, DIGEST)
     text = cli("party", "hunt", "--home", home, "--run", RUN).out
-    assert f"1.000 {SHARD}:1" in text
+    assert re.search(rf"disagreement +1\.000 +{SHARD}:1", text)
+    assert text.count(f"{SHARD}:1") == 4
+    assert text.count("simulated enclave") == 1
     assert "ann: wrong labels, estimated: 12.5% (5.0% to 25.0%)" in text
 
 

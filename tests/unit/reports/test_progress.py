@@ -12,7 +12,7 @@ from rich.console import Console
 from caltrain.errors import DataError, EnvironmentFault
 from caltrain.host_client import HostClient, RunStatus
 from caltrain.reports import progress
-from caltrain.reports.progress import line, training_figures, watch
+from caltrain.reports.progress import line, training_figures, waiting, watch
 
 TRAIN = RunStatus("train", epoch=3, epochs=8, done=21, total=42, loss=0.51234, images_per_second=1234.5)
 
@@ -118,3 +118,13 @@ def test_the_runs_error_is_raised() -> None:
 def test_it_does_not_wait_longer_than_asked() -> None:
     with pytest.raises(EnvironmentFault, match=r"^host\.too-slow: .*'train'"):
         watch(host(TRAIN), seconds=-1, console=terminal(80))
+
+
+def test_what_nobody_can_foretell_is_seen_to_go_on_by_people_alone() -> None:
+    shown, quiet = terminal(60), terminal(60)
+    quiet.quiet = True
+    for console in (shown, quiet):
+        with waiting(console, "the enclave looks [at] all records"):
+            pass
+    assert any("the enclave looks [at] all records 0:00:0" in line for line in screen(shown))
+    assert "enclave" not in "".join(screen(quiet))
