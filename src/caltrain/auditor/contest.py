@@ -8,6 +8,8 @@
     undisclosed     has said nothing                                     -
     substituted     signed another record or salt                        the contributor
     not-in-shard    signed the record with a proof that does not fit     the contributor
+    unreadable      has sealed to readers what this one of them cannot   the contributor, to its readers alone
+                    open, or what is not the record it is said to be
     disproves       shows what was sealed there, and it is not what      the enclave: its trace contradicts the
                     the trace names                                      manifest that all parties signed
 
@@ -21,13 +23,15 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from caltrain.crypto.dsse import Envelope, open_envelope
-from caltrain.errors import LineageError
-from caltrain.plan import ManifestShard, Plan, RunManifest
+from caltrain.errors import AccessError, CaltrainError, LineageError
+from caltrain.plan import ManifestShard, Party, Plan, RunManifest
 from caltrain.records.commitment import RecordRef
 from caltrain.records.disclosure import Disclosure, Refusal, check_disclosure
 from caltrain.records.shown import Reading, SealedDisclosure, open_disclosure
 
-Outcome = Literal["disclosed", "sealed", "refused", "undisclosed", "substituted", "not-in-shard", "disproves"]
+Outcome = Literal[
+    "disclosed", "sealed", "refused", "undisclosed", "substituted", "not-in-shard", "unreadable", "disproves"
+]
 _STEP = "verify disclosure"
 _FAULTS: dict[str, Outcome] = {
     "disclosure.substituted": "substituted",
@@ -78,6 +82,8 @@ def decide(
     Of several answers for one record the last one counts, unless one of them was a fault. Raises LineageError,
     IntegrityError, AccessError for what is no answer about `model`.
     """
+    if reading is not None:
+        _is_reader(reading, plan)
     asked = _Asked(model, {r: _Named(rank, r, commitment) for rank, (r, commitment) in enumerate(named.items(), 1)})
     found = {n.record: Decision(n.rank, n.record, "undisclosed") for n in asked.records.values()}
     for answer in answers:
@@ -101,17 +107,40 @@ def _decided(answer: Envelope, plan: Plan, manifest: RunManifest, asked: _Asked,
             named = _named(sealed, owner.name, asked)
             if reading is None:
                 return Decision(named.rank, named.record, "sealed")
-            opened = open_envelope(
-                open_disclosure(sealed, reading), "disclosure", owner.public_key, Disclosure, step=_STEP
-            )
-            if (opened.record_ref, opened.model) != (sealed.record_ref, sealed.model):
-                raise _refuse("disclosure.other-inside", "what is sealed in it is of another record or model")
+            try:
+                opened = _opened(sealed, owner, reading)
+            except CaltrainError as error:
+                # Its contributor signed it: what one seals badly is no reason to hide what the others say.
+                why = f"{owner.name} sealed to {reading.name} what does not hold ({error.code}: {error.what})"
+                return Decision(named.rank, named.record, "unreadable", fault=_refuse("disclosure.not-opened", why))
             return _checked(opened, named, manifest)
         case _:
             disclosure = open_envelope(answer, "disclosure", owner.public_key, Disclosure, step=_STEP)
             if plan.trace.disclose_to:
                 raise _refuse("disclosure.not-sealed", "the plan has records disclosed to its readers only")
             return _checked(disclosure, _named(disclosure, owner.name, asked), manifest)
+
+
+def _is_reader(reading: Reading, plan: Plan) -> None:
+    """Raises AccessError `disclosure.not-a-reader`."""
+    known = {reader.name: reader.encryption_key for reader in plan.trace.disclose_to}
+    if known.get(reading.name) != reading.key.public:
+        raise AccessError(
+            "disclosure.not-a-reader",
+            f"the plan names no reader {reading.name} with this key; its readers: {', '.join(sorted(known)) or 'none'}",
+            step=_STEP,
+            fix="Verify as a reader whom the plan names under trace.disclose_to, with the key that stands there, or "
+            "as nobody in particular.",
+        )
+
+
+def _opened(sealed: SealedDisclosure, owner: Party, reading: Reading) -> Disclosure:
+    """What is sealed, signed by the same contributor, of the same record and model."""
+    inner = open_disclosure(sealed, reading)
+    opened = open_envelope(inner, "disclosure", owner.public_key, Disclosure, step=_STEP)
+    if (opened.record_ref, opened.model) != (sealed.record_ref, sealed.model):
+        raise _refuse("disclosure.other-inside", "what is sealed in it is of another record or model")
+    return opened
 
 
 def _named(answer: Disclosure | SealedDisclosure | Refusal, party: str, asked: _Asked) -> _Named:

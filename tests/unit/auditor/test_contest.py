@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -75,9 +75,16 @@ class Case:
     def told(self, reference: RecordRef, **changes: Any) -> Envelope:
         return self.sign(reference.party, "disclosure", msgspec.structs.replace(self.honest(reference), **changes))
 
-    def sealed(self, reference: RecordRef, inner: Envelope | None = None, *, model: str = "") -> Envelope:
+    def sealed(
+        self,
+        reference: RecordRef,
+        inner: Envelope | None = None,
+        *,
+        model: str = "",
+        readers: Mapping[str, str] = READERS,
+    ) -> Envelope:
         envelope = inner or disclosed(self.world, reference)
-        sealed = seal_disclosure(envelope, reference, model=model or self.model, readers=READERS)
+        sealed = seal_disclosure(envelope, reference, model=model or self.model, readers=readers)
         return self.sign(reference.party, "sealed-disclosure", sealed)
 
     def retraced(self, **first: Any) -> Envelope:
@@ -271,11 +278,16 @@ def test_readers_whom_the_plan_names_see_the_record_and_others_that_it_is_there(
     assert shown.records == {case.named[0]: shard.records[case.named[0].leaf]}
 
 
-def test_nobody_else_opens_it() -> None:
+def test_nobody_else_opens_it_and_that_is_no_fault_of_the_contributor() -> None:
     case = private()
-    answer = case.sealed(case.named[0])
-    case.refused(AccessError, "disclosure.not-for-you", answer, reading=Reading("eve", HpkePrivateKey()))
-    case.refused(IntegrityError, "hpke.not-authentic", answer, reading=Reading("una", HpkePrivateKey()))
+    for reading in (Reading("eve", HpkePrivateKey()), Reading("una", HpkePrivateKey()), Reading("eve", UNA.key)):
+        for answers in ([case.sealed(case.named[0])], []):
+            case.refused(AccessError, "disclosure.not-a-reader", *answers, reading=reading)
+
+
+def test_who_reads_where_the_plan_has_no_readers_is_told_so() -> None:
+    case = plain()
+    case.refused(AccessError, "disclosure.not-a-reader", reading=UNA)
 
 
 def test_a_record_in_clear_is_refused_where_the_plan_names_readers() -> None:
@@ -292,31 +304,30 @@ def test_a_sealed_substitute_is_caught_by_its_readers() -> None:
     assert case.outcomes(answer, reading=UNA)[0] == "substituted"
 
 
-INSIDE: dict[str, tuple[Callable[[Case], Envelope], type[CaltrainError], str]] = {
+INSIDE: dict[str, tuple[Callable[[Case], Envelope], str]] = {
     "another record": (
         lambda c: c.sealed(c.named[0], inner=disclosed(c.world, untraced_of(c, c.named[0].party))),
-        LineageError,
         "disclosure.other-inside",
     ),
     "another model": (
         lambda c: c.sealed(c.named[0], inner=c.told(c.named[0], model=OTHER)),
-        LineageError,
         "disclosure.other-inside",
     ),
     "what somebody else signed": (
         lambda c: c.sealed(c.named[0], inner=SigningKey().sign("disclosure", c.honest(c.named[0]))),
-        IntegrityError,
         "signature.invalid",
     ),
     "a refusal": (
         lambda c: c.sealed(c.named[0], inner=c.refusal(c.named[0])),
-        IntegrityError,
         "signature.invalid",
     ),
-    "what is for another model, outside": (
-        lambda c: c.sealed(c.named[0], model=OTHER),
-        LineageError,
-        "disclosure.other-model",
+    "what is sealed to fewer readers than the plan names": (
+        lambda c: c.sealed(c.named[0], readers={"auditor": AUDITOR.key.public}),
+        "disclosure.not-for-you",
+    ),
+    "what is sealed under another key": (
+        lambda c: c.sealed(c.named[0], readers=READERS | {"una": HpkePrivateKey().public}),
+        "hpke.not-authentic",
     ),
 }
 
@@ -331,10 +342,24 @@ def untraced_of(case: Case, party: str) -> RecordRef:
 
 
 @pytest.mark.parametrize("what", INSIDE)
-def test_what_is_inside_must_be_what_the_outside_says(what: str) -> None:
-    make, family, code = INSIDE[what]
+def test_what_is_inside_must_be_what_the_outside_says_and_hides_no_other_answer(what: str) -> None:
+    make, code = INSIDE[what]
     case = private()
-    case.refused(family, code, make(case), reading=UNA)
+    bad, other = make(case), case.named[1]
+    found = case.judge(bad, case.sealed(other), reading=UNA)
+    assert [d.outcome for d in found.decisions[:2]] == ["unreadable", "disclosed"]
+    fault = found.decisions[0].fault
+    assert fault is not None
+    assert (fault.code, code in str(fault)) == ("disclosure.not-opened", True)
+    assert list(found.records) == [other]
+    with refused(LineageError, "disclosure.not-opened"):
+        found.sound()
+    assert case.outcomes(bad)[0] == "sealed", "who is no reader cannot tell"
+
+
+def test_a_sealed_answer_for_another_model_is_no_answer() -> None:
+    case = private()
+    case.refused(LineageError, "disclosure.other-model", case.sealed(case.named[0], model=OTHER), reading=UNA)
 
 
 # -- evidence and input ------------------------------------------------------------------------------------------
