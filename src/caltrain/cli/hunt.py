@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
+from itertools import zip_longest
 from pathlib import Path
 from typing import Annotated, get_args
 
 import typer
 from rich.table import Table
 
-from caltrain.boundary.sealed import Scan, SuspicionReport
+from caltrain.boundary.sealed import Scan
 from caltrain.cli.output import Format, FormatOption, choose, emit, say
 from caltrain.cli.query import missing
 from caltrain.host_client import HostClient
-from caltrain.participant.hunt import fetch_report, kept_report, most_suspicious
+from caltrain.participant.confident import Confident, confident_learning
+from caltrain.participant.hunt import (
+    Suspicious,
+    fetch_plan,
+    fetch_report,
+    kept_plan,
+    kept_report,
+    most_suspicious,
+)
 from caltrain.participant.identity import load_identity
 from caltrain.reports.terminal import in_words, plain
 
 _SCANS: tuple[Scan, ...] = get_args(Scan)
+_CONFIDENT = "confident-learning"
 
 
 def hunt(
@@ -35,35 +45,48 @@ def hunt(
     if url:
         with HostClient(url) as host:
             run, report = fetch_report(host, identity, seconds=timeout)
+            second = confident_learning(identity, report, lambda: fetch_plan(host, identity).data)
     else:
         report = kept_report(identity, run)
-    found = {scan: most_suspicious(report, scan, top=top) for scan in _SCANS}
-    say(_table(report, top))
+        second = confident_learning(identity, report, lambda: kept_plan(identity, run).data)
+    found: dict[str, list[Suspicious]] = {scan: most_suspicious(report, scan, top=top) for scan in _SCANS}
+    found[_CONFIDENT] = list(second.wrong[:top])
+    say(_table(found))
     for party, share in report.wrong_labels.items():
         say(f"{party}: wrong labels, estimated: {in_words(share)}")
-    records = {
-        scan: [{"record": f"{s.shard}:{s.leaf}", "score": s.score} for s in records] for scan, records in found.items()
-    }
+    say(_in_a_line(identity.name, second))
     emit(
         {
             "party": identity.name,
             "run": run,
             "model": report.model,
             "wrong_labels": report.wrong_labels,
-            "suspicious": records,
+            "confident_learning": {
+                "outcome": second.outcome,
+                "why": second.why,
+                "records": second.records,
+                "share": second.share,
+            },
+            "suspicious": {
+                scan: [{"record": f"{s.shard}:{s.leaf}", "score": s.score} for s in records]
+                for scan, records in found.items()
+            },
         },
         title="Hunt",
     )
 
 
-def _table(report: SuspicionReport, top: int) -> Table:
+def _in_a_line(party: str, second: Confident) -> str:
+    if second.share is None:
+        return f"{_CONFIDENT}: {second.why}"
+    return f"{party}: wrong labels, by confident learning (cleanlab): {second.share:.1%} of {second.records} records"
+
+
+def _table(found: dict[str, list[Suspicious]]) -> Table:
     """A column a scan, the most suspicious records first."""
     table = Table(box=None, padding=(0, 2, 0, 0))
-    columns = []
-    for scan in _SCANS:
+    for scan in found:
         table.add_column(scan, overflow="fold")
-        records = most_suspicious(report, scan, top=top)
-        columns.append([plain(f"{s.score:.3f} {s.shard}:{s.leaf}") for s in records])
-    for row in zip(*columns, strict=True):
-        table.add_row(*row)
+    for row in zip_longest(*found.values()):
+        table.add_row(*(plain(f"{s.score:.3f} {s.shard}:{s.leaf}") if s else "" for s in row))
     return table
