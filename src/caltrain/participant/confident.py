@@ -73,8 +73,10 @@ def _judged(own: _Own, shards: list[str]) -> Confident:
     records, classes = own.probabilities.shape
     if not records:
         return _nothing("no-predictions", "the enclave could not work out predictions for these records")
-    if len(set(own.labels.tolist())) < 2 or classes > _MOST_CLASSES:
-        return _nothing("not-computable", f"records of two classes are needed, and {_MOST_CLASSES} classes at most")
+    if classes > _MOST_CLASSES:
+        return _nothing("not-computable", f"there are {classes} classes, cleanlab is given {_MOST_CLASSES} at most")
+    if len(set(own.labels.tolist())) < 2:
+        return _nothing("not-computable", "all our records are of one class")
     issues = _issues(own)
     if issues is None:
         return _nothing("not-computable", "cleanlab cannot work with these records")
