@@ -28,10 +28,14 @@ _SCATTERED = 5.0  # wrong labels of each class that are taken to fall anywhere, 
 
 @dataclass(frozen=True)
 class LabelFindings:
-    """`suspicion` (N,) in 0..1 that a record's label is wrong; the contributors' shares of wrong labels."""
+    """`suspicion` (N,) in 0..1 that a record's label is wrong; the contributors' shares of wrong labels.
+
+    `view` (N, C) are class probabilities of every record by fits to others, out of fold.
+    """
 
     suspicion: Tensor
     shares: Shares
+    view: Tensor
 
 
 def examine(dossier: Dossier, probabilities: Tensor) -> LabelFindings:
@@ -52,7 +56,7 @@ def examine(dossier: Dossier, probabilities: Tensor) -> LabelFindings:
         joint = (right + wrong) / (right + wrong).sum(1, keepdim=True).clamp_min(_LEAST)
         suspicion = wrong.sum(1) / (right + wrong).sum(1).clamp_min(_LEAST)
         flips = _without_own(joint.T @ given + _SCATTERED / given.shape[1])
-    return LabelFindings(suspicion, shares)
+    return LabelFindings(suspicion, shares, view)
 
 
 def _without_own(counts: Tensor) -> Tensor:

@@ -158,10 +158,15 @@ class SuspicionReport(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
     Two bytes a record and scan (little endian), so that the size of the sealed report does not tell how many are
     suspicious; `LEFT_OUT` for a record that was not trained on. `wrong_labels` is the estimated share of wrong labels:
     the party's own, and of all where the plan says so (`trace.share_quality`).
+
+    `out_of_fold` are class probabilities by fits that have not seen the record: float16, two bytes a class, records by
+    leaf; every class `LEFT_OUT` (which is no number) where they are unknown. There are none in a run whose records and
+    classes are too many for them.
     """
 
     model: Digest
     scores: dict[Scan, dict[ShardId, bytes]]
+    out_of_fold: dict[ShardId, bytes] = {}
     wrong_labels: dict[PartyName, Estimate] = {}
 
     def of(self, shard: str, *, scan: Scan = "disagreement") -> tuple[int | None, ...]:

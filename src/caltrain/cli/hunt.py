@@ -13,12 +13,21 @@ from caltrain.boundary.sealed import Scan
 from caltrain.cli.output import Format, FormatOption, choose, console, emit, say, say_simulated
 from caltrain.cli.query import missing
 from caltrain.host_client import HostClient
-from caltrain.participant.hunt import Suspicious, fetch_report, kept_report, most_suspicious
+from caltrain.participant.confident import Confident, confident_learning
+from caltrain.participant.hunt import (
+    Suspicious,
+    fetch_plan,
+    fetch_report,
+    kept_plan,
+    kept_report,
+    most_suspicious,
+)
 from caltrain.participant.identity import load_identity
 from caltrain.reports.progress import waiting
 from caltrain.reports.terminal import in_words, plain
 
 _SCANS: tuple[Scan, ...] = get_args(Scan)
+_CONFIDENT = "confident-learning"
 
 
 def hunt(
@@ -37,30 +46,46 @@ def hunt(
     if url:
         with HostClient(url) as host, waiting(console, "until the hunt is done"):
             run, report = fetch_report(host, identity, seconds=timeout)
+            second = confident_learning(identity, report, lambda: fetch_plan(host, identity).data)
     else:
         report = kept_report(identity, run)
-    found = {scan: most_suspicious(report, scan, top=top) for scan in _SCANS}
+        second = confident_learning(identity, report, lambda: kept_plan(identity, run).data)
+    found: dict[str, Sequence[Suspicious]] = {scan: most_suspicious(report, scan, top=top) for scan in _SCANS}
+    found[_CONFIDENT] = second.wrong[:top]
     say_simulated()  # a report does not say it; this version has no other enclave
     say(_table(found))
     for party, share in report.wrong_labels.items():
         say(f"{party}: wrong labels, estimated: {in_words(share)}")
-    records = {
-        scan: [{"record": f"{s.shard}:{s.leaf}", "score": s.score} for s in records] for scan, records in found.items()
-    }
+    say(_in_a_line(identity.name, second))
     emit(
         {
             "party": identity.name,
             "run": run,
             "model": report.model,
             "wrong_labels": report.wrong_labels,
-            "suspicious": records,
+            "confident_learning": {
+                "outcome": second.outcome,
+                "why": second.why,
+                "records": second.records,
+                "share": second.share,
+            },
+            "suspicious": {
+                scan: [{"record": f"{s.shard}:{s.leaf}", "score": s.score} for s in records]
+                for scan, records in found.items()
+            },
         },
         title="Hunt",
-        told={"wrong_labels", "suspicious"},
+        told={"wrong_labels", "suspicious", "confident_learning"},
     )
 
 
-def _table(found: Mapping[Scan, Sequence[Suspicious]]) -> Table:
+def _in_a_line(party: str, second: Confident) -> str:
+    if second.share is None:
+        return f"{_CONFIDENT}: {second.why}"
+    return f"{party}: wrong labels, by confident learning (cleanlab): {second.share:.1%} of {second.records} records"
+
+
+def _table(found: Mapping[str, Sequence[Suspicious]]) -> Table:
     """Scan by scan its records, the most suspicious first, each on one line to be copied."""
     table = Table(box=None, padding=(0, 2, 0, 0))
     for heading in ("scan", "score", "record"):

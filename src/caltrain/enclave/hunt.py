@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -33,9 +33,19 @@ from caltrain.records.commitment import RecordRef
 from caltrain.training.batches import center_crop, normalise
 
 _BATCH = 256
+_ROOM = 48 << 20
+"""What the reports of a run may take with predictions: they leave in one frame (`frames.MAX_FRAME`)."""
 Scores = Mapping[Scan, Tensor | None]
 Steps = NDArray[np.uint16]
 T = TypeVar("T")
+
+
+class _Found(NamedTuple):
+    """By scan the suspicion (N,) of every record; by party its share of wrong labels; the out-of-fold view (N, C)."""
+
+    scores: Scores
+    shares: Mapping[str, Estimate]
+    view: Tensor | None
 
 
 def hunt(run: Run, _message: Hunt) -> tuple[Done, State]:
@@ -45,9 +55,13 @@ def hunt(run: Run, _message: Hunt) -> tuple[Done, State]:
     model = joined(run, shown_center(run, (course.epoch, course.step), course.center))
     run.model, run.model_digest = model, model_digest(plan.model, state_of(model))
     run.passed, run.contents = _pass(run)
-    scores, shares = _scan(run, run.passed, run.contents)
-    sealed = _reports(run, scores, shares)
-    body: dict[str, object] = {"model": run.model_digest, "records": len(run.passed.labels), "scans": sorted(scores)}
+    found = _scan(run, run.passed, run.contents)
+    sealed = _reports(run, found)
+    body: dict[str, object] = {
+        "model": run.model_digest,
+        "records": len(run.passed.labels),
+        "scans": sorted(found.scores),
+    }
     run.record_once("hunt", body)
     return Done(sealed=sealed), State.HUNTED
 
@@ -82,8 +96,7 @@ def _pass(run: Run) -> tuple[Passed, Contents]:
     return Passed(lines, fingerprints, *figures), learning.done()
 
 
-def _scan(run: Run, passed: Passed, contents: Contents) -> tuple[Scores, dict[str, Estimate]]:
-    """By scan the suspicion (N,) of every record, by party its estimated share of wrong labels."""
+def _scan(run: Run, passed: Passed, contents: Contents) -> _Found:
     parties = present(run.manifest).parties
     links = Links(passed.fingerprints, passed.labels, passed.sources, tuple(party.name for party in parties))
     k = present(run.plan).trace.suspicion_neighbours
@@ -97,7 +110,8 @@ def _scan(run: Run, passed: Passed, contents: Contents) -> tuple[Scores, dict[st
         "clusters": _tried(lambda: activation_clusters(links)),
     }
     records = passed.sources.bincount(minlength=len(parties)).tolist()
-    return scores, {party.name: _share(i, records[i], findings) for i, party in enumerate(parties)}
+    shares = {party.name: _share(i, records[i], findings) for i, party in enumerate(parties)}
+    return _Found(scores, shares, None if findings is None else findings.view)
 
 
 def _tried(scan: Callable[[], T]) -> T | None:
@@ -116,25 +130,25 @@ def _share(index: int, records: int, findings: LabelFindings | None) -> Estimate
     return Estimate(share, low, high, records)
 
 
-def _reports(run: Run, scores: Scores, shares: Mapping[str, Estimate]) -> dict[str, bytes]:
-    """Sealed to each party, of its own records: suspicion by each scan; the shares that the plan lets it see."""
-    plan, lines = present(run.plan), present(run.passed).lines
+def _reports(run: Run, found: _Found) -> dict[str, bytes]:
+    """Sealed to each party, of its own records: what was found of them; the shares that the plan lets it see."""
+    plan, lines, parties = present(run.plan), present(run.passed).lines, present(run.manifest).parties
     place = {(record.party, record.shard, record.leaf): row for row, (record, _) in enumerate(lines)}
-    steps = {scan: _in_steps(own, len(lines)) for scan, own in scores.items()}
+    trained = {p.name: [shard for shard in p.shards if not shard.held_out] for p in parties}
+    steps = {scan: _in_steps(own, len(lines)) for scan, own in found.scores.items()}
+    # Whether there is room depends on what the manifest says: its shards' records, left out or not.
+    taken = 2 * (len(steps) + len(plan.data.classes)) * sum(shard.records for own in trained.values() for shard in own)
+    view = _in_halves(found.view, len(lines), len(plan.data.classes)) if taken <= _ROOM else None
     sealed: dict[str, bytes] = {}
-    for party in present(run.manifest).parties:
-        rows = {
-            shard.shard: [place.get((party.name, shard.shard, leaf), -1) for leaf in range(shard.records)]
-            for shard in party.shards
-            if not shard.held_out
-        }
+    for party, shards in trained.items():
+        rows = {s.shard: [place.get((party, s.shard, leaf), -1) for leaf in range(s.records)] for s in shards}
         report = SuspicionReport(
             model=run.model_digest,
             scores={scan: {shard: own[at].tobytes() for shard, at in rows.items()} for scan, own in steps.items()},
-            wrong_labels={n: share for n, share in shares.items() if plan.trace.share_quality or n == party.name},
+            out_of_fold={} if view is None else {shard: view[at].tobytes() for shard, at in rows.items()},
+            wrong_labels={n: share for n, share in found.shares.items() if plan.trace.share_quality or n == party},
         )
-        key = run.vault.parties[party.name].data_key
-        sealed[party.name] = seal_for(key, "suspicion/v1", report, context=run.vault.run)
+        sealed[party] = seal_for(run.vault.parties[party].data_key, "suspicion/v1", report, context=run.vault.run)
     return sealed
 
 
@@ -143,4 +157,12 @@ def _in_steps(scores: Tensor | None, records: int) -> Steps:
     found = np.full(records + 1, LEFT_OUT, "<u2")
     if scores is not None and bool(scores.isfinite().all()):
         found[:-1] = (scores.double().clamp(0, 1) * 1000).round().numpy()
+    return found
+
+
+def _in_halves(view: Tensor | None, records: int, classes: int) -> Steps:
+    """Class probabilities as the bits of float16 (N + 1, C): `LEFT_OUT` is the last row, and all that is unknown."""
+    found = np.full((records + 1, classes), LEFT_OUT, "<u2")
+    if view is not None and bool(view.isfinite().all()):
+        found[:-1] = view.half().view(torch.uint16).numpy()
     return found

@@ -9,9 +9,11 @@ from caltrain.boundary.sealed import Scan, SuspicionReport, open_for
 from caltrain.errors import LineageError
 from caltrain.files import read_bounded
 from caltrain.host_client import HostClient
-from caltrain.participant.heads import known_run, shown_manifest
+from caltrain.participant.evidence import read_run
+from caltrain.participant.heads import check_ours, known_run, shown_manifest
 from caltrain.participant.identity import Identity
 from caltrain.participant.receive import SUSPICION, run_folder
+from caltrain.plan import Plan
 
 _STEP = "read hunt"
 _HUNTED = {"release", "link", "linked"}
@@ -54,6 +56,21 @@ def kept_report(identity: Identity, run: str, *, folder: Path | None = None) -> 
             fix="Name a run whose model this party has received (`caltrain party join`), or ask the host with --url.",
         )
     return _opened(identity, run, read_bounded(path, limit=_MAX_REPORT))
+
+
+def fetch_plan(host: HostClient, identity: Identity) -> Plan:
+    """The plan of the host's run, which this party countersigned.
+
+    Raises LineageError `run.unknown`, IntegrityError `rejoin.other-manifest`.
+    """
+    plan = host.get("/v1/plan", Plan)
+    check_ours(shown_manifest(host, step=_STEP), plan, identity)
+    return plan
+
+
+def kept_plan(identity: Identity, run: str) -> Plan:
+    """The plan that was kept with the run's model. Raises ConfigError."""
+    return read_run(run_folder(identity, run)).plan
 
 
 def _opened(identity: Identity, run: str, sealed: bytes) -> SuspicionReport:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -182,15 +183,33 @@ def own_records(identity: Identity, schema: DataSchema) -> tuple[NDArray[np.gene
     """Elements (N, C, H, W) and labels (N,) of all that the party has sealed to train on. Raises IntegrityError."""
     elements, labels = [], []
     for path in (path for path, held_out in _shard_files(identity) if not held_out):
-        header, step = read_own_header(identity, path), f"read {path.name}"
-        with path.open("rb") as file:
-            shards.read_header(file, step=step)
-            frames = shards.open_frames(header, identity.data_key, shards.read_chunks(file), schema=schema, step=step)
-            for _, _, record in frames:
-                pixels, label = decode_record(schema, record)
-                elements.append(pixels)
-                labels.append(label)
+        for pixels, label in _opened(identity, schema, path):
+            elements.append(pixels)
+            labels.append(label)
     return np.array(elements, schema.numpy_dtype).reshape(-1, *schema.shape), np.array(labels, np.int64)
+
+
+def own_labels(identity: Identity, schema: DataSchema, names: Iterable[str]) -> dict[str, NDArray[np.int64]]:
+    """By shard the labels (n,) of its records, by leaf; nothing of a shard that the party does not keep any more.
+
+    Raises IntegrityError for one that is damaged, or of another schema.
+    """
+    paths = {name: shard_path(identity, name) for name in names}
+    return {
+        name: np.array([label for _, label in _opened(identity, schema, path)], np.int64)
+        for name, path in paths.items()
+        if path.is_file()
+    }
+
+
+def _opened(identity: Identity, schema: DataSchema, path: Path) -> Iterator[tuple[NDArray[np.generic], int]]:
+    """The records of one of our shards, by leaf: elements (C, H, W) and label."""
+    header, step = read_own_header(identity, path), f"read {path.name}"
+    with path.open("rb") as file:
+        shards.read_header(file, step=step)
+        frames = shards.open_frames(header, identity.data_key, shards.read_chunks(file), schema=schema, step=step)
+        for _, _, record in frames:
+            yield decode_record(schema, record)
 
 
 def read_own_header(identity: Identity, path: Path) -> shards.ShardHeader:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -21,12 +22,14 @@ from caltrain.crypto.dsse import Envelope, SigningKey
 from caltrain.enclave import verdict as inside
 from caltrain.enclave.run import State
 from caltrain.exposure.figures import Estimate
+from caltrain.participant import confident
 from caltrain.participant.hunt import kept_report
 from caltrain.participant.identity import create_identity
 from caltrain.participant.receive import SUSPICION
 from caltrain.project import Project
 from caltrain.provenance.verdict import VerdictStatement
 from support.commands import Cli
+from support.courses import Course
 from support.pages import Page, assert_harmless
 from support.verdicts import NOBODY, asked_for_verdict, somebody, verdict_bundle
 from support.world import World
@@ -231,6 +234,38 @@ def test_a_hunt_is_asked_of_the_host_too(home: Path, cli: Cli, monkeypatch: pyte
     monkeypatch.setattr("caltrain.cli.hunt.fetch_report", fetch)
     shown = cli("party", "hunt", "--home", home, "--url", "http://127.0.0.1:1", "--timeout", "5", as_json=True)
     assert shown.json["run"] == RUN
+
+
+def test_a_report_without_predictions_costs_one_line(home: Path, cli: Cli) -> None:
+    shown = cli("party", "hunt", "--home", home, "--run", RUN, as_json=True).json
+    assert shown["suspicious"]["confident-learning"] == []
+    assert shown["confident_learning"].pop("why").startswith("the report has no predictions")
+    assert shown["confident_learning"] == {"outcome": "no-predictions", "records": 0, "share": None}
+    text = cli("party", "hunt", "--home", home, "--run", RUN).out
+    assert "confident-learning: the report has no predictions" in text
+
+
+def test_confident_learning_is_one_more_scan_of_a_kept_run(
+    tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("cleanlab", reason="cleanlab is not installed")
+    course = Course(tmp_path / "alpha")
+    words = ("party", "hunt", "--home", tmp_path / "alpha", "--run", course.worlds[0].manifest.run)
+    with monkeypatch.context() as patched:
+        patched.setattr(confident, "_issues", lambda own: np.arange(3))
+        shown = cli(*words, as_json=True).json
+        assert shown["confident_learning"] == {"outcome": "found", "why": "", "records": 9, "share": 0.333}
+        shards = [shard.header.shard for shard in course.worlds[0].parties["alpha"].shards]
+        listed = shown["suspicious"]["confident-learning"]
+        assert [line["record"] for line in listed] == [f"{shards[0]}:{leaf}" for leaf in range(3)]
+        assert len(cli(*words, "--top", "2", as_json=True).json["suspicious"]["confident-learning"]) == 2
+        text = cli(*words).out
+        assert "alpha: wrong labels, by confident learning (cleanlab): 33.3% of 9 records" in text
+        assert re.search(rf"{listed[1]['score']:.3f} +{shards[0]}:1", text)
+    monkeypatch.setitem(sys.modules, "cleanlab", None)
+    without = cli(*words, as_json=True)
+    assert (without.code, without.json["confident_learning"]["outcome"]) == (0, "not-installed")
+    assert "pip install 'caltrain[accountability]'" in cli(*words).out
 
 
 @pytest.mark.parametrize("words", [(), ("--url", "http://127.0.0.1:1", "--run", RUN)])

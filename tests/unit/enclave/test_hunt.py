@@ -8,20 +8,23 @@ import msgspec
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from caltrain.accountability import witness
 from caltrain.accountability.cases import Dossier, Links
 from caltrain.accountability.labels import LabelFindings, examine
 from caltrain.accountability.quality import Shares
+from caltrain.accountability.regression import out_of_fold
 from caltrain.accountability.scans import activation_clusters, spectral
 from caltrain.accountability.witness import PatchFeatures, RidgeWitness, WitnessBuilder
 from caltrain.boundary import messages as m
 from caltrain.boundary.sealed import Scan, SuspicionReport, open_for
-from caltrain.enclave import contents, pool
+from caltrain.enclave import contents, hunt, pool
 from caltrain.enclave.run import State, present
 from caltrain.errors import IntegrityError
 from caltrain.exposure.figures import Estimate
 from caltrain.plan import Plan
+from support.oracle import known_records, released_model
 from support.world import PARTIES, World
 
 
@@ -44,6 +47,18 @@ def scores(world: World, scan: Scan) -> list[int | None]:
         if not shard.entry.held_out
         for score in found[name].of(shard.header.shard, scan=scan)
     ]
+
+
+def predictions(world: World) -> torch.Tensor:
+    """Class probabilities (N, 3) of all records in the manifest's order, as each party reads its own; NaN: unknown."""
+    found = reports(world)
+    own = [
+        np.frombuffer(found[name].out_of_fold[shard.header.shard], "<f2").reshape(-1, 3)
+        for name, party in world.parties.items()
+        for shard in party.shards
+        if not shard.entry.held_out
+    ]
+    return torch.from_numpy(np.concatenate(own)).float()
 
 
 def test_parties_have_their_reports_before_the_model_leaves() -> None:
@@ -85,6 +100,38 @@ def test_each_record_has_the_score_of_each_scan_over_all_records() -> None:
     assert len(set(scores(world, "labels"))) > 5
 
 
+def test_each_record_has_the_predictions_of_fits_that_have_not_seen_it() -> None:
+    """Worked out again outside, from the released model, in the order in which the pool has the records."""
+    world = World().run_to(State.HUNTED)
+    place = {reference: row for row, (reference, _) in enumerate(present(world.run.passed).lines)}
+    world.run_to(State.LINKED)
+    known = known_records(world, released_model(world))
+    order = torch.tensor([place[k.reference] for k in known])
+    labels, prints = torch.empty(27, dtype=torch.int64), torch.empty(27, len(known[0].fingerprint))
+    labels[order] = torch.tensor([k.label for k in known])
+    prints[order] = torch.from_numpy(np.stack([k.fingerprint for k in known])).float()
+    sources = torch.empty(27, dtype=torch.int64)
+    sources[order] = torch.tensor([PARTIES.index(k.reference.party) for k in known])
+    said = Dossier(Links(prints, labels, sources, PARTIES), witnesses_of(world)).said
+    given = F.one_hot(labels, 3).float()
+    heard = [out_of_fold(rows, given, decay=1e-4) for rows in (said.clamp_min(1e-9).log(), prints)]
+    expected = (heard[0] + heard[1]).softmax(1)[order]
+    found = predictions(world)
+    # A few dozen steps of an ill-conditioned fit make more of the last bits of a fingerprint than float16 loses.
+    np.testing.assert_allclose(found.numpy(), expected.numpy(), atol=0.03)
+    assert float((found.roll(1, 0) - expected).abs().max()) > 0.5, "in another order they are not the same"
+
+
+@pytest.mark.parametrize("room", [378, 377])
+def test_there_are_no_predictions_in_a_run_that_is_too_large_for_them(
+    room: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hunt, "_ROOM", room)  # 27 records, four scans and three classes, two bytes each
+    world = World().run_to(State.HUNTED)
+    assert {len(report.out_of_fold) for report in reports(world).values()} == {2 if room == 378 else 0}
+    assert None not in scores(world, "labels")
+
+
 def shard_number(world: World, shard: str) -> int:
     ids = [s.header.shard for party in world.parties.values() for s in party.shards]
     return ids.index(shard)
@@ -98,6 +145,9 @@ def test_a_report_is_as_long_as_its_partys_records_make_it() -> None:
             assert {s: len(raw) for s, raw in by_shard.items()} == {
                 s.header.shard: 2 * len(s.records) for s in party.shards
             }
+        assert {s: len(raw) for s, raw in held[name].out_of_fold.items()} == {
+            s.header.shard: 2 * 3 * len(s.records) for s in party.shards
+        }
         for other in set(PARTIES) - {name}:
             with pytest.raises(IntegrityError, match=r"^sealed\.not-authentic: "):
                 open_for(
@@ -132,6 +182,7 @@ def test_held_out_records_are_not_hunted() -> None:
     assert set(report.scores["labels"]) == {first.header.shard}
     assert report.wrong_labels["alpha"].n == len(first.records)
     assert last.header.shard not in report.scores["spectral"]
+    assert set(report.out_of_fold) == {first.header.shard}
 
 
 def witnesses_of(world: World) -> tuple[RidgeWitness, ...]:
@@ -213,6 +264,7 @@ def test_a_scan_that_cannot_be_worked_out_costs_nobody_the_model(name: str, monk
     lengths = {party: len(sealed) for party, sealed in world.suspicion.items()}
     assert scores(world, SCANS[name]) == [None] * 27
     assert None not in scores(world, "disagreement")
+    assert bool(predictions(world).isnan().all()) is (name == "examine")
     shares = reports(world)["beta"].wrong_labels
     assert (set(shares.values()) == {Estimate(0.0, 0.0, 1.0, 9)}) is (name == "examine")
     monkeypatch.undo()
@@ -226,11 +278,15 @@ def test_figures_that_are_no_numbers_are_told_as_unknown(value: float, monkeypat
         found = examine(dossier, probabilities)
         found.suspicion[3] = value
         third = torch.full((3,), 1 / 3)
-        return LabelFindings(found.suspicion, Shares(torch.tensor([value, 0.25, 0.5]), third / 2, third * 2))
+        found.view[20, 1] = value
+        return LabelFindings(
+            found.suspicion, Shares(torch.tensor([value, 0.25, 0.5]), third / 2, third * 2), found.view
+        )
 
     monkeypatch.setattr("caltrain.enclave.hunt.examine", strange)
     world = World(change=shared).run_to(State.HUNTED)
     assert scores(world, "labels") == [None] * 27
+    assert bool(predictions(world).isnan().all())
     shares = reports(world)["beta"].wrong_labels
     assert shares["alpha"] == Estimate(0.0, 0.0, 1.0, 9)
     assert shares["beta"] == Estimate(0.25, 0.167, 0.667, 9)

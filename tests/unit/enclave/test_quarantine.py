@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import msgspec
+import numpy as np
 import pytest
 
 from caltrain.boundary import messages as m
-from caltrain.boundary.sealed import SuspicionReport, open_for
+from caltrain.boundary.sealed import LEFT_OUT, SuspicionReport, open_for
 from caltrain.crypto.digests import to_raw, to_text
 from caltrain.crypto.merkle import merkle_root
 from caltrain.enclave import quarantine as module
@@ -128,6 +129,13 @@ def test_a_party_learns_no_suspicion_of_what_was_left_out() -> None:
         if score is None
     ]
     assert missing == [(0, 0), (1, 3)]
+    unknown = [
+        (number, leaf)
+        for number, shard in enumerate(beta.shards)
+        for leaf, row in enumerate(np.frombuffer(report.out_of_fold[shard.header.shard], "<u2").reshape(-1, 3))
+        if (row == LEFT_OUT).all()
+    ]
+    assert unknown == missing
 
 
 @FORMS

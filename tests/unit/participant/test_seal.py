@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from caltrain.errors import CaltrainError, DataError, EnvironmentFault, IntegrityError
 from caltrain.participant import seal
 from caltrain.participant.identity import Identity, create_identity
-from caltrain.participant.seal import own_records, own_shards, plan_labels, seal_records, shard_path
+from caltrain.participant.seal import own_labels, own_records, own_shards, plan_labels, seal_records, shard_path
 from caltrain.plan import ManifestShard
 from caltrain.records import shard as shards
 from caltrain.records.readers import Dataset
@@ -209,6 +209,17 @@ def test_a_party_may_have_no_record_to_train_on(alpha: Identity) -> None:
     seal_records(alpha, BYTES, images(), LABELS, held_out=True)
     elements, labels = own_records(alpha, BYTES)
     assert (elements.shape, labels.shape) == ((0, 1, 2, 3), (0,))
+
+
+def test_own_labels_are_by_shard_and_leaf_of_the_shards_that_are_kept(alpha: Identity) -> None:
+    sealed = seal_records(alpha, BYTES, images(), LABELS, shard_records=3)
+    first, second, third = (header.shard for header in sealed.headers)
+    shard_path(alpha, second).unlink()
+    found = own_labels(alpha, BYTES, [third, second, first])
+    assert {name: labels.tolist() for name, labels in found.items()} == {first: [0, 1, 2], third: [0]}
+    assert list(own_labels(alpha, BYTES, [first])) == [first]
+    with refused(IntegrityError, "shard.damaged"):
+        own_labels(alpha, FLOATS, [first])
 
 
 def test_a_shard_under_another_name_is_refused(alpha: Identity) -> None:
