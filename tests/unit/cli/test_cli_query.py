@@ -714,7 +714,7 @@ def test_verify_opens_what_is_disclosed_to_its_reader(tmp_path: Path, cli: Cli) 
     assert cli(*words, as_json=True).json["outcomes"][place] == "sealed"
     assert cli(*words, "--home", tmp_path / "una", as_json=True).json["outcomes"][place] == "disclosed"
     shown = cli(*words, "--home", tmp_path / "eve", as_json=True)
-    assert (shown.code, shown.error["code"]) == (16, "disclosure.not-for-you")
+    assert (shown.code, shown.error["code"]) == (16, "disclosure.not-a-reader")
 
 
 def test_verify_refuses_another_plan_and_another_head(
